@@ -1,0 +1,283 @@
+"""What a recipe may say: one frozen pydantic model per section, with default, unit and range per field. No torch here."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Part = Literal["latent_encoder", "denoiser", "latent_decoder", "token_decoder"]
+Loss = Literal["diffusion", "hidden", "token"]
+
+
+class Section(BaseModel):
+    """A recipe section: unknown fields are refused, values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class DataRecipe(Section):
+    """Where the text comes from and how it becomes tokens."""
+
+    source: str = Field("builtin:stories", min_length=1)
+    """`builtin:stories` (synthetic), a file, folder or glob of .txt/.jsonl (also .gz), or `hub:owner/name[:config]`."""
+    text_field: str = "text"
+    """Field of a .jsonl object or hub row that holds the text."""
+    text_unit: Literal["line", "paragraph", "file"] = "paragraph"
+    """What one document is in a .txt file; paragraphs are separated by blank lines."""
+    packing: Literal["document", "pack"] = "document"
+    """`document`: one text a row, EOS, padding masked; `pack`: texts joined by EOS and cut into full rows."""
+    max_len_tokens: int = Field(64, ge=4)
+    """Training length of the latent model in tokens, EOS included; longer texts are cropped at random places."""
+    context_tokens: int = Field(1024, ge=4)
+    """Length to which the language model and the judge are trained, tokens."""
+    tokenizer: Literal["bpe", "encoder"] = "bpe"
+    """`bpe`: byte-level BPE trained on the training split; `encoder`: the pretrained token encoder's own."""
+    vocab_size: int = Field(2048, ge=260)
+    """Entries of the trained BPE vocabulary, special tokens included."""
+    valid_share: float = Field(0.03, gt=0, lt=0.5)
+    test_share: float = Field(0.03, gt=0, lt=0.5)
+    """Shares of the documents held out, by document."""
+    deduplicate: bool = True
+    """Drop exact duplicates (after trimming white space), across splits."""
+    num_documents: int = Field(40_000, ge=1)
+    """Built-in corpus only: documents to generate."""
+    long_share: float = Field(0.04, ge=0, le=1)
+    """Built-in corpus only: share of documents in the long form (over 1,024 tokens)."""
+    max_documents: int | None = Field(None, ge=1)
+    """Read at most this many documents of a local or hub source."""
+    seed: int = Field(0, ge=0)
+    """Seeds the built-in corpus and the split; independent of the run's seed."""
+    cache: str = "runs/data"
+    """Folder in which token shards are kept, one folder per fingerprint."""
+
+
+class TokenEncoderRecipe(Section):
+    """The frozen language model whose hidden states are reconstructed."""
+
+    source: str = Field("trained", min_length=1)
+    """`trained` (by a language_model stage of this plan), or a hub id or local folder of any causal or masked LM."""
+    revision: str | None = None
+    layer: int = -2
+    """Index into the list of hidden states (embeddings first, then one per block); -3 in the paper."""
+    prefix: bool = True
+    """Put the tokenizer's start token (CLS, BOS or EOS) before the text and drop its hidden state."""
+    width: int = Field(256, ge=8)
+    layers: int = Field(4, ge=1)
+    heads: int = Field(4, ge=1)
+    vocab_size: int | None = Field(None, ge=1)
+    """Width, blocks, heads and vocabulary: built so when trained, demanded so when loaded (vocabulary: null accepts any)."""
+    clip_std: float = Field(10.0, gt=0)
+    """Standardised hidden states are clipped at this many standard deviations."""
+
+
+class JudgeRecipe(Section):
+    """The language model that scores generated text; never the token encoder itself."""
+
+    source: str = Field("trained", min_length=1)
+    """`trained` (by a language_model stage with role judge), a hub id, a folder, or a train-lm run."""
+    revision: str | None = None
+    width: int = Field(256, ge=8)
+    layers: int = Field(4, ge=1)
+    heads: int = Field(4, ge=1)
+
+
+class LatentRecipe(Section):
+    """Shape of the latent space."""
+
+    width: int = Field(256, ge=4)
+    kind: Literal["positional", "slots"] = "positional"
+    """`positional`: one latent per `stride` tokens, placed by rotary position; `slots`: learned slots (the paper's)."""
+    stride: int = Field(1, ge=1)
+    """Tokens per latent (positional)."""
+    slots: int | None = Field(None, ge=1)
+    """Number of learned slots (kind slots)."""
+    encoder_norm_gain: bool = False
+    """A learnable gain in the latent encoder's final norm (ablation: it lets the encoder out-scale the noise)."""
+
+
+class TowerRecipe(Section):
+    """Depth of one trained part."""
+
+    layers: int = Field(2, ge=1)
+    heads: int = Field(4, ge=1)
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+
+class ModelRecipe(Section):
+    """The trained parts."""
+
+    latents: LatentRecipe = LatentRecipe()
+    latent_encoder: TowerRecipe = TowerRecipe()
+    latent_decoder: TowerRecipe = TowerRecipe()
+    token_decoder: TowerRecipe = TowerRecipe(layers=1)
+    denoiser: TowerRecipe = TowerRecipe(layers=6)
+
+
+class DiffusionRecipe(Section):
+    """The forward process and how the denoiser is conditioned."""
+
+    schedule: Literal["tangent"] = "tangent"
+    schedule_scale: float = Field(1.65, gt=0)
+    """d of the tangent schedule: sigma/alpha at t = 0.5."""
+    self_conditioning_share: float = Field(0.5, ge=0, le=1)
+    """Share of training texts whose denoiser sees its own first estimate."""
+
+
+class GateRecipe(Section):
+    """How much of the diffusion loss's gradient reaches the latent encoder (gamma)."""
+
+    kind: Literal["sigmoid", "wait", "one", "zero"] = "sigmoid"
+    """`sigmoid`: rises over `warmup_steps`; `wait`: held at the minimum until token accuracy on noised latents
+    reaches `wait_accuracy`, then the same rise; `one`, `zero`: constant."""
+    warmup_steps: int = Field(1000, ge=0)
+    minimum: float = Field(0.001, ge=0, le=1)
+    sharpness: float = Field(10.0, gt=0)
+    midpoint: float = Field(0.8, gt=0, lt=1)
+    wait_accuracy: float = Field(0.9, gt=0, le=1)
+
+
+class TimesRecipe(Section):
+    """How diffusion times are drawn in training."""
+
+    kind: Literal["adaptive", "uniform"] = "adaptive"
+    bins: int = Field(50, ge=2)
+    decay: float = Field(0.98, gt=0, lt=1)
+    refresh_steps: int = Field(50, ge=1)
+    uniform_floor: float = Field(0.05, ge=0, le=1)
+    """Share of draws that stay uniform over the bins."""
+
+
+class OptimizerRecipe(Section):
+    """AdamW and the learning rate as a function of the step."""
+
+    learning_rate: float = Field(1e-3, gt=0)
+    warmup_steps: int = Field(50, ge=0)
+    schedule: Literal["cosine", "constant"] = "cosine"
+    final_share: float = Field(0.05, ge=0, le=1)
+    """Learning rate at the last step, as a share of the peak (cosine)."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.98, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    clip_norm: float = Field(1.0, gt=0)
+    """Largest gradient norm of each part, clipped part by part."""
+
+
+class StageRecipe(Section):
+    """One training phase."""
+
+    kind: Literal["language_model", "latent"] = "latent"
+    steps: int = Field(1000, ge=1)
+    batch_tokens: int = Field(4096, ge=1)
+    """Tokens of the global batch of one optimizer step, padding included."""
+    micro_batches: int = Field(1, ge=1)
+    """Gradient accumulation: the global batch is cut into this many pieces."""
+    optimizer: OptimizerRecipe = OptimizerRecipe()
+    ema_decay: float = Field(0.998, ge=0, lt=1)
+    """Decay of the weight average, warmed up as (1 + step) / (10 + step)."""
+    # language_model
+    role: Literal["token_encoder", "judge", "baseline"] = "token_encoder"
+    """What the trained language model is for; decides its shape and where it is stored."""
+    seed_offset: int = Field(0, ge=0)
+    """Added to the run's seed: the judge gets other weights and another data order than the token encoder."""
+    eval_every_steps: int = Field(100, ge=1)
+    patience: int | None = Field(None, ge=1)
+    """Stop after this many evaluations in a row without the held-out loss falling by 0.2 %; null never stops early."""
+    # latent
+    standardize_latents: bool = False
+    """Measure mean and std of z_0 before this stage and standardise it for the denoiser (sequential plans)."""
+    trains: tuple[Part, ...] = ("latent_encoder", "denoiser", "latent_decoder", "token_decoder")
+    losses: dict[Loss, float] = {"diffusion": 1.0, "hidden": 1.0, "token": 1.0}
+    """Weights; a loss that is absent or 0 is not computed."""
+    gate: GateRecipe = GateRecipe()
+    times: TimesRecipe = TimesRecipe()
+    decoder_noise_std: float = Field(1.65, ge=0)
+    """sigma_dec: standard deviation of the noise added to the latent decoder's input in training."""
+
+    @model_validator(mode="after")
+    def _weights(self) -> StageRecipe:
+        if self.kind == "latent" and not any(weight > 0 for weight in self.losses.values()):
+            raise ValueError("at least one loss needs a weight above 0")
+        if any(weight < 0 for weight in self.losses.values()):
+            raise ValueError("loss weights may not be negative")
+        return self
+
+
+class TrainingRecipe(Section):
+    """The loop: precision, logging, saving."""
+
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """`auto`: bf16 where the machine computes it natively, else fp32."""
+    log_every_steps: int = Field(20, ge=1)
+    sample_every_steps: int = Field(250, ge=0)
+    """Decode a preview text this often; 0 never."""
+    save_every_steps: int = Field(500, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
+    tensorboard: bool = True
+
+
+class SamplingRecipe(Section):
+    """Defaults of `ldlm sample` and of the texts that `ldlm eval` generates."""
+
+    sampler: Literal["ddim", "ancestral", "euler"] = "ddim"
+    steps: int = Field(50, ge=1)
+    grid: Literal["uniform", "warped"] = "uniform"
+    """`uniform` in t, or `warped`: uniform in the adaptive sampler's loss coordinate."""
+    temperature: float = Field(1.0, gt=0)
+    guidance: float = Field(1.0, ge=0)
+    batch_size: int = Field(64, ge=1)
+
+
+class EvaluationRecipe(Section):
+    """Defaults of `ldlm eval`."""
+
+    num_samples: int = Field(500, ge=1)
+    num_texts: int = Field(500, ge=1)
+    """Held-out texts per measurement."""
+    tokens_per_length: int = Field(16_384, ge=1)
+    """Held-out tokens reconstructed at each length."""
+    fidelity_threshold: float = Field(0.95, gt=0, le=1)
+    """A length passes when token accuracy is at least this share of the accuracy at the training length."""
+
+
+class Recipe(Section):
+    """A whole recipe: this alone reproduces a run."""
+
+    name: str = Field("recipe", pattern=r"^[A-Za-z0-9._-]+$")
+    description: str = ""
+    seed: int = Field(0, ge=0)
+    data: DataRecipe = DataRecipe()
+    token_encoder: TokenEncoderRecipe = TokenEncoderRecipe()
+    judge: JudgeRecipe = JudgeRecipe()
+    model: ModelRecipe = ModelRecipe()
+    diffusion: DiffusionRecipe = DiffusionRecipe()
+    stages: dict[str, StageRecipe] = Field(default_factory=lambda: {"joint": StageRecipe()})
+    plans: dict[str, tuple[str, ...]] = Field(default_factory=lambda: {"joint": ("joint",)})
+    """A plan is a list of stage names: train-joint runs plan `joint`, train-sequential plan `sequential`, train-lm `lm`."""
+    training: TrainingRecipe = TrainingRecipe()
+    sampling: SamplingRecipe = SamplingRecipe()
+    evaluation: EvaluationRecipe = EvaluationRecipe()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        for plan, names in self.plans.items():
+            for name in names:
+                if name not in self.stages:
+                    raise ValueError(f"plan '{plan}' names stage '{name}', which stages does not define")
+        if self.data.max_len_tokens > self.data.context_tokens:
+            raise ValueError("data.max_len_tokens may not exceed data.context_tokens")
+        if self.data.tokenizer == "encoder" and self.token_encoder.source == "trained":
+            raise ValueError("data.tokenizer: encoder needs a pretrained token_encoder.source (hub id or folder)")
+        if self.token_encoder.source != "trained" and self.data.tokenizer == "bpe":
+            raise ValueError("a pretrained token_encoder.source needs data.tokenizer: encoder (its own vocabulary)")
+        if self.judge.source != "trained" and self.judge.source == self.token_encoder.source:
+            raise ValueError("the judge may not be the token encoder itself; name another model as judge.source")
+        if self.model.latents.kind == "slots" and self.model.latents.slots is None:
+            raise ValueError("model.latents.kind: slots needs model.latents.slots")
+        widths = {name: self.model.latents.width for name in ("latent_encoder", "latent_decoder", "denoiser")}
+        for name, width in (widths | {"token_decoder": self.token_encoder.width}).items():
+            heads = getattr(self.model, name).heads
+            if width % (2 * heads):
+                raise ValueError(f"model.{name}: width {width} must be a multiple of twice its {heads} heads")
+        return self

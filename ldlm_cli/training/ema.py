@@ -1,0 +1,25 @@
+"""Averaged weights, the same on every process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+
+def warmed_up_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor | int], None]:
+    """Exponential average whose decay starts at (1 + n) / (10 + n), so that a short run does not average its own start."""
+
+    @torch.no_grad()
+    def update(averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
+        number = float(count)
+        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + number) / (10 + number)))
+
+    return update
+
+
+def build_ema(parts: nn.Module, decay: float) -> AveragedModel:
+    """Averages of all trained parts together, one decay (method.md section 0)."""
+    return AveragedModel(parts, multi_avg_fn=warmed_up_average(decay), use_buffers=False)
