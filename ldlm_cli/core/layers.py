@@ -22,21 +22,23 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, (self.width,), weight, eps=1e-6)
 
 
-def rotary_angles(positions: Tensor, head_size: int, base: float = 10_000.0) -> tuple[Tensor, Tensor]:
-    """Cosines and sines for positions [N] (float, tokens): [N, head_size / 2] each, float32.
+def rotary_angles(positions: Tensor, head_size: int, base: float = 10_000.0) -> Tensor:
+    """exp(i angle) for positions [N] (float, tokens): [N, head_size / 2] complex64.
 
-    Source: rotary position embedding, arXiv 2104.09864, Eq. (15) and (34).
+    Source: rotary position embedding, arXiv 2104.09864, Eq. (13) and (15).
     """
     frequencies = base ** (-torch.arange(0, head_size, 2, device=positions.device, dtype=torch.float64) / head_size)
-    angles = positions.double()[:, None] * frequencies
-    return angles.cos().float(), angles.sin().float()
+    angles = (positions.double()[:, None] * frequencies).float()
+    return torch.polar(torch.ones_like(angles), angles)
 
 
-def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate queries or keys [B, A, N, K] by the angles of their positions; dtype of x."""
-    cosine, sine = (part.to(x.dtype) for part in rotary)
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
+def rotate(x: Tensor, rotary: Tensor) -> Tensor:
+    """Rotate queries or keys [B, A, N, K] by the angles of their positions [N, K / 2]; dtype of x.
+
+    One complex product in float32: on a CPU much less memory traffic than products with cosines and sines.
+    """
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotary).flatten(-2).to(x.dtype)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -55,19 +57,18 @@ def key_mask(mask: Tensor) -> Tensor:
 
 
 class SelfAttention(nn.Module):
-    """Bidirectional attention, rotary positions, normalised queries and keys, no biases: 4 D^2 parameters."""
+    """Bidirectional attention, rotary positions, no biases: 4 D^2 parameters."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
-        self.query_norm, self.key_norm = RMSNorm(width // heads), RMSNorm(width // heads)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotary: Tensor, mask: Tensor) -> Tensor:
         """x [B, N, D], mask [B, 1, 1, N] bool; returns [B, N, D]."""
         query, key, value = (split_heads(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))
-        query, key = rotate(self.query_norm(query), rotary), rotate(self.key_norm(key), rotary)
+        query, key = rotate(query, rotary), rotate(key, rotary)
         return self.out(merge_heads(F.scaled_dot_product_attention(query, key, value, attn_mask=mask)))
 
 
@@ -115,8 +116,8 @@ class PerceiverBlock(nn.Module):
         self,
         x: Tensor,
         context: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        context_rotary: tuple[Tensor, Tensor],
+        rotary: Tensor,
+        context_rotary: Tensor,
         mask: Tensor,
     ) -> Tensor:
         """x [B, N, D], context [B, M, D], mask [B, 1, 1, N + M] bool (stream first); returns [B, N, D]."""
@@ -141,7 +142,7 @@ class LlamaBlock(nn.Module):
         self.attention_norm, self.attention = RMSNorm(width), SelfAttention(width, heads)
         self.mlp_norm, self.mlp = RMSNorm(width), SwiGlu(width)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotary: Tensor, mask: Tensor) -> Tensor:
         x = x + self.attention(self.attention_norm(x), rotary, mask)
         return x + self.mlp(self.mlp_norm(x))
 
@@ -163,7 +164,7 @@ class AdaptiveNormBlock(nn.Module):
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.modulation = nn.Linear(width, 6 * width)
 
-    def forward(self, x: Tensor, condition: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor, rotary: Tensor, mask: Tensor) -> Tensor:
         """x [B, N, D], condition [B, D]; returns [B, N, D]."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(F.silu(condition)).chunk(6, dim=-1)
         attended = self.attention(modulate(self.norm(x), shift_a, scale_a), rotary, mask)

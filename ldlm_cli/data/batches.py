@@ -37,8 +37,8 @@ class BatchOrder:
     """The batches of a split, epoch after epoch.
 
     Packing "document": a text is a row; one longer than the window is cropped at a place drawn per (seed, epoch,
-    document). Rows of similar length share a batch, so B varies: about batch_tokens / N rows. Texts that do not fill a batch of
-    their length class join the next longer class; of the longest class the rest sits this epoch out.
+    document). Rows of similar length share a batch, so B varies: about batch_tokens / N rows. Texts that do not fill a
+    batch of their length class join the next longer class; of the longest class the rest sits this epoch out.
     Packing "pack": the stream of texts joined by EOS is cut into full rows, from a place drawn per (seed, epoch); the
     end of the stream is joined to its start, so no token is left out for good.
 

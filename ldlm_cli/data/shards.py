@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -302,7 +303,8 @@ def _write_split(
         for texts in batches:
             ids = vocabulary.encode(texts)
             lengths.extend(len(document) + 1 for document in ids)
-            file.write(np.concatenate([[*document, vocabulary.eos_id] for document in ids]).astype(dtype).tobytes())
+            closed = chain.from_iterable((*document, vocabulary.eos_id) for document in ids)
+            file.write(np.fromiter(closed, dtype=dtype).tobytes())
         file.seek(0)
         # NumPy leaves room in the header for any first dimension, so the true length fits where 0 stood.
         _write_header(file, dtype, sum(lengths))

@@ -3,6 +3,7 @@
 import glob
 import gzip
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -12,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from ldlm_cli.data.hub import demand_hub, first_line, is_offline_asked
+from ldlm_cli.data.hub import demand_hub, first_line
 from ldlm_cli.data.stories import stories
 from ldlm_cli.errors import DataError, LdlmError, UsageError
 from ldlm_cli.recipe.schema import DataRecipe
@@ -209,22 +210,16 @@ def _hub_documents(data: DataRecipe) -> Iterator[str]:
     way_on = "download the text elsewhere and use the file with --set data.source=PATH"
     if not re.fullmatch(r"([\w.-]+/)?[\w.-]+", name):
         raise DataError(f"data.source {data.source} is not of the form hub:owner/name or hub:owner/name:config.")
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise UsageError(
-            f"Reading {data.source} needs the package datasets (pip install datasets): without it, {way_on}."
-        ) from None
-    # Only what `datasets` has cached can be read offline, and it finds that only when the variable was set at start.
-    is_offline = is_offline_asked()
-    if is_offline and not _is_cached(name):
+    if importlib.util.find_spec("datasets") is None:  # before the slow import and the question to the hub
+        raise UsageError(f"Reading {data.source} needs the package datasets (pip install datasets): else, {way_on}.")
+    is_cached = _is_cached(name)
+    if not is_cached:
         demand_hub(data.source, way_on)
-    if not is_offline:
-        demand_hub(data.source, way_on)
+    from datasets import load_dataset
+
     try:
-        rows = load_dataset(
-            name, config or None, split="train", streaming=data.max_documents is not None and not is_offline
-        )
+        is_streamed = data.max_documents is not None and not is_cached
+        rows = load_dataset(name, config or None, split="train", streaming=is_streamed)
         for number, row in enumerate(rows):
             yield _text_of(row, data.text_field, f"{data.source} row {number}")
     except LdlmError:
@@ -236,6 +231,7 @@ def _hub_documents(data: DataRecipe) -> Iterator[str]:
 
 
 def _is_cached(name: str) -> bool:
-    from datasets import config
-
-    return os.path.isdir(os.path.join(config.HF_DATASETS_CACHE, name.replace("/", "___")))
+    """Say whether `datasets` has this data set on the machine (in the folder that its documentation names)."""
+    home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    cache = Path(os.environ.get("HF_DATASETS_CACHE") or os.path.join(home, "datasets")).expanduser()
+    return (cache / name.replace("/", "___")).is_dir()

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ldlm_cli.data.hub import demand_hub, first_line
@@ -22,8 +23,8 @@ class Vocabulary:
     """A tokenizer and the ids that have a meaning of their own.
 
     `size` is one more than the largest id; `prefix_id` is CLS or BOS where the tokenizer has one, else EOS; `pad_id`
-    may equal `eos_id`, so padding is told by the mask and never by the id. `fingerprint` is the sha256 of tokenizer.json.
-    Special tokens written out in a text ("<|eos|>") are encoded as plain text: no document can end itself.
+    may equal `eos_id`, so padding is told by the mask and never by the id. `fingerprint` is the sha256 of
+    tokenizer.json. Special tokens written out in a text ("<|eos|>") are encoded as plain text: no document ends itself.
     """
 
     def __init__(self, tokenizer_json: str, *, eos_id: int, pad_id: int, prefix_id: int | None) -> None:
@@ -49,7 +50,7 @@ class Vocabulary:
         """Return the ids of each text; neither EOS nor prefix is added."""
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Return the text up to the first EOS; special tokens are left out, broken UTF-8 becomes U+FFFD."""
         kept: list[int] = []
         for index in ids:
@@ -108,7 +109,7 @@ def train_vocabulary(texts: Iterable[str], vocab_size: int) -> Vocabulary:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer=trainer)
-    eos_id, pad_id = tokenizer.token_to_id(EOS), tokenizer.token_to_id(PAD)
+    eos_id, pad_id = 0, 1  # special tokens come first, in the order given to the trainer
     return Vocabulary(tokenizer.to_str(), eos_id=eos_id, pad_id=pad_id, prefix_id=eos_id)
 
 

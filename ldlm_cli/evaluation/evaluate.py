@@ -65,7 +65,7 @@ def evaluate(
         The report; empty on every process but the main one.
     Raises:
         UsageError: a setting out of range, or no usable judge.
-        SnapshotError: the run has no usable snapshot, or its vocabulary is not that of the data.
+        SnapshotError: the run has no usable snapshot, or the data has changed since.
     """
     snapshot = load_snapshot(run, device=runtime.device)
     recipe = snapshot.recipe
@@ -91,7 +91,7 @@ def evaluate(
         snapshot,
         tokens.split("test"),
         max_len=longest,
-        device=runtime.device,
+        runtime=runtime,
         plan_stages=trained_stages(snapshot),
         on_progress=on_progress,
     )
@@ -213,7 +213,6 @@ def identity_section(
         "precision": runtime.precision,
         "device": str(runtime.device),
         "num_processes": runtime.num_processes,
-        "num_control_texts": min(MAX_CONTROL_TEXTS, options.num, recipe.evaluation.num_texts),
         "definitions": {
             "entropy_nats": metrics.ENTROPY_DEFINITION,
             "generative_perplexity": metrics.PERPLEXITY_DEFINITION,
@@ -231,9 +230,10 @@ def _open_data(snapshot: Snapshot, runtime: Runtime, on_progress: Callable[[str]
     tokens = prepare_tokens(recipe.data, recipe.token_encoder, on_progress=on_progress)
     if runtime.is_main:
         runtime.barrier()
-    if tokens.vocabulary.fingerprint != snapshot.vocabulary.fingerprint:
+    if tokens.fingerprint != snapshot.manifest["data_fingerprint"]:
+        # Other tokens mean another split: texts that the model was trained on could pass as held out.
         raise SnapshotError(
-            f"The tokens in {tokens.path} were made with another vocabulary than the snapshot of {snapshot.run}; "
-            f"evaluate on the data that the run was trained on, or train again."
+            f"The tokens in {tokens.path} are not those that {snapshot.run} was trained on: evaluate where its data "
+            f"lies unchanged, or train again."
         )
     return tokens

@@ -120,9 +120,9 @@ def matching_texts(
 ) -> tuple[TextSet, str]:
     """Held-out texts of the given lengths, for comparison with generated ones.
 
-    Whole documents that fit the window are taken, for each length the nearest one that is still unused (all may be
-    used again once none is left). Packed corpora, and those without a fitting document, give windows of the stream,
-    cut to the length and before their first end token.
+    Whole documents that fit the window are taken, for each length the nearest one that is still unused. Packed
+    corpora, and those without a fitting document, give windows, cut to the length and before their first end token.
+    No text is taken twice, so there are fewer than asked for when the split is small.
 
     Args:
         split: held-out tokens.
@@ -132,27 +132,25 @@ def matching_texts(
         packed: whether the model was trained on packed rows.
         seed: order in which lengths choose.
     Returns:
-        One text a length, in the order of `lengths`, and "document" or "window".
+        At most one text a length, in an order of its own, and "document" or "window".
     """
     eos = vocabulary.eos_id
     fitting = np.flatnonzero(np.asarray(split.lengths) <= window_tokens)
     if packed or not len(fitting):
         batch, _ = held_out_windows(split, window_tokens, len(lengths), vocabulary.pad_id)
         rows = [row[real].tolist() for row, real in zip(batch.token_ids, batch.mask, strict=True)]
-        chosen = [metrics.cut_at(rows[i % len(rows)][: max(1, n)], eos) for i, n in enumerate(lengths)]
+        chosen = [metrics.cut_at(row[: max(1, n)], eos) for row, n in zip(rows, lengths, strict=False)]
         return TextSet([vocabulary.decode(ids) for ids in chosen], chosen), "window"
     rng = np.random.default_rng([seed, 1])
     # Among documents of one length a random order decides, so that it is not always the first ones.
-    pool = sorted((int(split.lengths[i]) - 1, place, int(i)) for place, i in enumerate(rng.permutation(fitting)))
-    unused: list[tuple[int, int, int]] = []
-    picked = [0] * len(lengths)
-    for index in rng.permutation(len(lengths)):
-        unused = unused or list(pool)
+    unused = sorted((int(split.lengths[i]) - 1, place, int(i)) for place, i in enumerate(rng.permutation(fitting)))
+    picked = []
+    for index in rng.permutation(len(lengths))[: len(unused)]:
         wanted = lengths[index]
         place = bisect.bisect_left(unused, (wanted,))  # first document of at least the length wanted
         if place == len(unused) or (place and wanted - unused[place - 1][0] < unused[place][0] - wanted):
             place -= 1
-        picked[index] = unused.pop(place)[2]
+        picked.append(unused.pop(place)[2])
     chosen = [metrics.cut_at(split.document(i).tolist(), eos) for i in picked]
     return TextSet([vocabulary.decode(ids) for ids in chosen], chosen), "document"
 

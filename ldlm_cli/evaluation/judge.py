@@ -13,14 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldlm_cli.data.hub import demand_hub, first_line
+from ldlm_cli.data.hub import first_line
 from ldlm_cli.data.vocabulary import Vocabulary
 from ldlm_cli.errors import UsageError
+from ldlm_cli.evaluation.judge_source import judge_folder, token_encoder_folders, weight_hashes, weights_hash
 from ldlm_cli.recipe.schema import Recipe
 
 LANGUAGE_MODEL_FILE = "language_model.json"
-# Sub-folders in which a run keeps a language model; the token encoder's is last and refused when it is this run's own.
-RUN_FOLDERS = ("judge", "baseline", "token_encoder")
 # Largest number of logits held at once: 2**26 fp32 values are 256 MB, twice that with the log-softmax.
 MAX_LOGITS = 2**26
 
@@ -80,9 +79,9 @@ class Judge:
                 f"The judge '{source}' is the token encoder of {run}, which would flatter its own texts; "
                 f"name another model with --judge or judge.source."
             )
-        folder = _judge_folder(source, run, recipe)
-        for other in _token_encoder_folders(run, recipe):
-            if set(_weight_hashes(folder)) & set(_weight_hashes(other)):
+        folder = judge_folder(source, run, recipe)
+        for other in token_encoder_folders(run, recipe):
+            if set(weight_hashes(folder)) & set(weight_hashes(other)):
                 raise UsageError(
                     f"The judge in {folder} has the weights of the token encoder in {other}; "
                     f"name another model with --judge or judge.source."
@@ -199,19 +198,6 @@ class Tokenizer:
         return encoded
 
 
-def weights_hash(folder: Path) -> str:
-    """sha256 (hex) over the safetensors files of a model folder, in the order of their names."""
-    return hashlib.sha256("".join(_weight_hashes(folder)).encode()).hexdigest()
-
-
-def _weight_hashes(folder: Path) -> list[str]:
-    hashes = []
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
-    return hashes
-
-
 def _pieces(text: int, ids: list[int], context: int) -> list[_Piece]:
     """Windows of at most `context` tokens with half a window of context; each token but the first is scored once."""
     pieces = [_Piece(text, ids[:context], 1)]
@@ -221,78 +207,6 @@ def _pieces(text: int, ids: list[int], context: int) -> list[_Piece]:
         pieces.append(_Piece(text, ids[start : start + context], end - start))
         end = start + context
     return pieces
-
-
-def _judge_folder(source: str, run: Path, recipe: Recipe) -> Path:
-    if source == "trained":
-        if _holds_model(run / "judge"):
-            return run / "judge"
-        raise UsageError(
-            f"{run} has no trained judge in {run / 'judge'}; train one with `ldlm train-lm`, "
-            f"or name a model with --judge."
-        )
-    path = Path(source).expanduser()
-    if path.is_dir():
-        for folder in (path, *(path / name for name in RUN_FOLDERS)):
-            if _holds_model(folder):
-                return folder
-        raise UsageError(
-            f"{source} holds no language model (config.json and .safetensors weights, there or in "
-            f"{', '.join(name + '/' for name in RUN_FOLDERS)}); give a model folder or a run of `ldlm train-lm` as judge."
-        )
-    identifier, _, revision = source.partition("@")
-    return _hub_folder(identifier, revision or (recipe.judge.revision if identifier == recipe.judge.source else None))
-
-
-def _holds_model(folder: Path) -> bool:
-    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
-
-
-def _hub_folder(identifier: str, revision: str | None) -> Path:
-    """The local folder of a hub model: from the cache if it is there, else downloaded; gives up within seconds."""
-    cached = _cached_folder(identifier, revision)
-    if cached is not None:
-        return cached
-    way_on = "name a local folder with --judge, or use --judge trained"
-    demand_hub(f"The judge '{identifier}'", way_on)
-    from huggingface_hub import snapshot_download
-
-    try:
-        # Top-level files only, and no pickles: some repositories hold the weights several times over.
-        patterns = ["*.json", "*.safetensors", "*.txt", "*.model"]
-        folder = Path(
-            snapshot_download(identifier, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"])
-        )
-    except Exception as error:  # the hub client raises errors of several libraries, httpx among them
-        raise UsageError(
-            f"The hub did not give the judge '{identifier}' ({type(error).__name__}: {first_line(error)}): {way_on}."
-        ) from error
-    if not _holds_model(folder):
-        raise UsageError(
-            f"The judge '{identifier}' has no .safetensors weights; name a model that has them with --judge."
-        )
-    return folder
-
-
-def _cached_folder(identifier: str, revision: str | None) -> Path | None:
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = Path(snapshot_download(identifier, revision=revision, local_files_only=True))
-    except Exception:  # not in the cache, or not a hub id at all: the caller decides what that means
-        return None
-    return folder if _holds_model(folder) else None
-
-
-def _token_encoder_folders(run: Path, recipe: Recipe) -> list[Path]:
-    """Where the weights of the run's token encoder lie on this machine; empty when they do not."""
-    folders = [run / "token_encoder", run / "snapshot" / "token_encoder"]
-    source = recipe.token_encoder.source
-    if source != "trained":
-        local = Path(source).expanduser()
-        cached = local if local.is_dir() else _cached_folder(source, recipe.token_encoder.revision)
-        folders += [cached] if cached is not None else []
-    return [folder for folder in folders if _holds_model(folder)]
 
 
 def _open_tokenizer(folder: Path) -> Tokenizer:

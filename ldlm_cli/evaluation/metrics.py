@@ -51,7 +51,7 @@ def ngrams(ids: Sequence[int], n: int) -> list[tuple[int, ...]]:
 
 
 def distinct_n(sequences: Sequence[Sequence[int]], n: int) -> float | None:
-    """Different n-grams as a share of all n-grams, pooled over the sequences, in (0, 1]; None when there is no n-gram."""
+    """Different n-grams as a share of all n-grams, pooled over the sequences, in (0, 1]; None without n-grams."""
     pooled = [gram for ids in sequences for gram in ngrams(ids, n)]
     return len(set(pooled)) / len(pooled) if pooled else None
 

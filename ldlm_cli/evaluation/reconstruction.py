@@ -11,9 +11,10 @@ import torch
 from ldlm_cli.checkpoint import Snapshot
 from ldlm_cli.data.batches import held_out_windows
 from ldlm_cli.data.shards import TokenSplit
-from ldlm_cli.errors import DataError, UsageError
+from ldlm_cli.errors import SnapshotError, UsageError
 from ldlm_cli.generate import reconstruct
 from ldlm_cli.recipe.schema import Recipe
+from ldlm_cli.runtime import Runtime
 
 BUCKET_TOKENS = 128
 BATCH_TOKENS = 8192
@@ -43,7 +44,7 @@ def measure_reconstruction(
     split: TokenSplit,
     *,
     max_len: int,
-    device: torch.device,
+    runtime: Runtime,
     plan_stages: list[str],
     on_progress: Callable[[str], None],
 ) -> dict[str, Any]:
@@ -53,7 +54,7 @@ def measure_reconstruction(
         snapshot: the model; all parts but the denoiser are used.
         split: held-out tokens.
         max_len: longest length, tokens; lengths beyond the training length are marked so.
-        device: where the model computes.
+        runtime: this process; gives device and precision.
         plan_stages: names of the stages that were trained; give the decoder noise.
         on_progress: told each length before it is measured.
     Returns:
@@ -61,18 +62,20 @@ def measure_reconstruction(
     """
     recipe = snapshot.recipe
     training_length = recipe.data.max_len_tokens
-    limit = snapshot.model.token_encoder.max_tokens
+    encoder = snapshot.model.token_encoder
+    if encoder is None:
+        raise SnapshotError(f"The snapshot of {snapshot.run} was opened without its token encoder.")
     noise_std = trained_decoder_noise(recipe, plan_stages)
     rows = []
     for length in reconstruction_lengths(training_length, max_len):
         row: dict[str, Any] = {"length": length, "beyond_training": length > training_length}
         on_progress(f"Reconstruction at {length} tokens")
-        if limit is not None and length > limit:
-            row["refused"] = f"the frozen token encoder takes at most {limit} tokens"
+        if encoder.max_tokens is not None and length > encoder.max_tokens:
+            row["refused"] = f"the frozen token encoder takes at most {encoder.max_tokens} tokens"
         else:
             try:
-                row |= _measure_length(snapshot, split, length, noise_std, device)
-            except DataError as error:  # for instance no held-out text that long
+                row |= _measure_length(snapshot, split, length, noise_std, runtime)
+            except UsageError as error:  # no held-out text that long, or latents that cannot hold it
                 row["refused"] = str(error)
         rows.append(row)
     threshold = recipe.evaluation.fidelity_threshold
@@ -93,11 +96,11 @@ def trained_decoder_noise(recipe: Recipe, stages: list[str]) -> float:
 
 
 def _measure_length(
-    snapshot: Snapshot, split: TokenSplit, length: int, noise_std: float, device: torch.device
+    snapshot: Snapshot, split: TokenSplit, length: int, noise_std: float, runtime: Runtime
 ) -> dict[str, Any]:
     count = max(1, snapshot.recipe.evaluation.tokens_per_length // length)
     batch, kind = held_out_windows(split, length, count, snapshot.vocabulary.pad_id)
-    clean = _predict(snapshot, batch.token_ids, batch.mask, 0.0, device)
+    clean = _predict(snapshot, batch.token_ids, batch.mask, 0.0, runtime)
     measured = {
         "kind": kind,
         "num_texts": len(batch.token_ids),
@@ -105,21 +108,21 @@ def _measure_length(
         "clean": accuracies(batch.token_ids, clean, batch.mask, snapshot.vocabulary.special_ids),
     }
     if noise_std > 0:
-        noisy = _predict(snapshot, batch.token_ids, batch.mask, noise_std, device)
+        noisy = _predict(snapshot, batch.token_ids, batch.mask, noise_std, runtime)
         measured["noised"] = accuracies(batch.token_ids, noisy, batch.mask, snapshot.vocabulary.special_ids)
     return measured
 
 
 def _predict(
-    snapshot: Snapshot, token_ids: np.ndarray, mask: np.ndarray, noise_std: float, device: torch.device
+    snapshot: Snapshot, token_ids: np.ndarray, mask: np.ndarray, noise_std: float, runtime: Runtime
 ) -> np.ndarray:
     rows = max(1, BATCH_TOKENS // token_ids.shape[1])
     parts = []
     for start in range(0, len(token_ids), rows):
-        ids = torch.from_numpy(np.ascontiguousarray(token_ids[start : start + rows])).to(device)  # [B, N]
-        real = torch.from_numpy(np.ascontiguousarray(mask[start : start + rows])).to(device)
+        ids = torch.from_numpy(np.ascontiguousarray(token_ids[start : start + rows]))  # [B, N]
+        real = torch.from_numpy(np.ascontiguousarray(mask[start : start + rows]))
         # The seed is the place of the batch, so that every batch gets noise of its own.
-        parts.append(reconstruct(snapshot, ids, real, noise_std=noise_std, seed=start).cpu().numpy())
+        parts.append(reconstruct(snapshot, ids, real, noise_std=noise_std, seed=start, runtime=runtime).numpy())
     return np.concatenate(parts)
 
 
@@ -189,7 +192,7 @@ def fidelity_verdict(rows: list[dict[str, Any]], training_length: int, threshold
     start = f"Token accuracy is {base_accuracy:.1%} at the training length of {training_length} tokens"
     if rows[-1]["length"] <= training_length:
         return {"fidelity_holds_to": holds_to, "verdict": f"{start}; longer texts were not asked for."}
-    sentence = f"{start} and stays within {threshold:.0%} of it up to {holds_to} tokens"
+    sentence = f"{start} and at least {threshold:.0%} of that up to {holds_to} tokens"
     return {
         "fidelity_holds_to": holds_to,
         "verdict": f"{sentence}; {stop}." if stop else f"{sentence}, the longest asked for.",

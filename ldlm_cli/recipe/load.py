@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.resources
-import json
 import os
 import re
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
 
 from ldlm_cli.errors import RecipeError
+from ldlm_cli.recipe.check import check_tree, nearest_name, show_value, unknown_name
 from ldlm_cli.recipe.schema import Recipe
 
-# YAML 1.1 reads 1e-4 as text, because it wants a dot and a signed exponent; a learning rate written so must be a number.
+# YAML 1.1 reads 1e-4 as text, because it wants a dot and a signed exponent; a rate written so must be a number.
 _FLOAT = re.compile(r"^[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$")
 
 
@@ -44,12 +41,6 @@ class _Dumper(yaml.SafeDumper):
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
-
-
-def nearest_name(name: str, names: Collection[str]) -> str | None:
-    """The one of `names` that `name` most likely means, or None."""
-    close = difflib.get_close_matches(name.lower(), [n.lower() for n in names], n=1, cutoff=0.6)
-    return next((n for n in names if close and n.lower() == close[0]), None)
 
 
 # ---- finding -----------------------------------------------------------------------------------------------------
@@ -130,7 +121,7 @@ def _merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]
 
 def _find_parent(name: object, child: Path) -> Path:
     if not isinstance(name, str):
-        raise RecipeError(f"recipe {child}: extends must be the name of one recipe, not {_show(name)}")
+        raise RecipeError(f"recipe {child}: extends must be the name of one recipe, not {show_value(name)}")
     beside = child.parent / name
     # A copy called base.yaml that extends base.yaml means the shipped one.
     if beside.is_file() and not beside.samefile(child):
@@ -181,7 +172,7 @@ def _apply(tree: dict[str, Any], override: str, label: str) -> None:
     here: Any = tree
     for depth, key in enumerate(keys[:-1]):
         if key not in here:
-            raise RecipeError(f"{label}: {_unknown('.'.join(keys[: depth + 1]), key, list(here), 'section')}")
+            raise RecipeError(f"{label}: {unknown_name('.'.join(keys[: depth + 1]), key, list(here), 'section')}")
         here = here[key]
         if not isinstance(here, dict):
             raise RecipeError(f"{label}: {'.'.join(keys[: depth + 1])} is a value, not a section with fields")
@@ -200,13 +191,13 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         RecipeError: not found, not YAML, or a field that is unknown, ill-typed or out of range; one sentence.
     """
     path = find_recipe(name_or_path)
-    recipe, problems = _check(_content(path), f"recipe {path}")
+    recipe, problems = check_tree(_content(path), f"recipe {path}")
     if recipe is not None and overrides:
         # On the resolved tree, so that an override changes one field and never hides a default beside it.
         tree = recipe.model_dump(mode="json")
         for override in overrides:
             _apply(tree, override, f"recipe {path} with --set {override}")
-        recipe, problems = _check(tree, f"recipe {path} with --set {' --set '.join(overrides)}")
+        recipe, problems = check_tree(tree, f"recipe {path} with --set {' --set '.join(overrides)}")
     if recipe is None:
         more = f" ({len(problems) - 1} more: `ldlm recipes validate` lists all)" if len(problems) > 1 else ""
         raise RecipeError(problems[0] + more)
@@ -217,14 +208,19 @@ def validate_recipe(name_or_path: str | Path) -> list[str]:
     """Every problem of a recipe, a sentence each; empty when it is valid."""
     try:
         path = find_recipe(name_or_path)
-        return _check(_content(path), f"recipe {path}")[1]
+        return check_tree(_content(path), f"recipe {path}")[1]
     except RecipeError as error:
         return [str(error)]
 
 
+def dump_text(recipe: Recipe) -> str:
+    """The resolved recipe as YAML that loads to an equal Recipe."""
+    return yaml.dump(recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
 def dump_recipe(recipe: Recipe, path: Path) -> None:
-    """Write the resolved recipe as YAML that loads to an equal Recipe; the file appears whole or not at all."""
-    text = yaml.dump(recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+    """Write `dump_text` to a file, which appears whole or not at all."""
+    text = dump_text(recipe)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -239,80 +235,5 @@ def dump_recipe(recipe: Recipe, path: Path) -> None:
         raise
 
 
-# ---- checking ----------------------------------------------------------------------------------------------------
-
-
 def _content(path: Path) -> dict[str, Any]:
     return {"name": re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem)} | _resolve(path)
-
-
-def _check(tree: Mapping[str, Any], label: str) -> tuple[Recipe | None, list[str]]:
-    try:
-        # JSON mode, because strict Python mode would refuse a YAML list where the schema has a tuple.
-        return Recipe.model_validate_json(json.dumps(tree, default=str), strict=True), []
-    except ValidationError as error:
-        return None, [f"{label}: {_sentence(detail)}" for detail in error.errors(include_url=False)]
-
-
-def _show(value: object) -> str:
-    text = json.dumps(value, default=str, ensure_ascii=False) if not isinstance(value, str) else f"'{value}'"
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _names_at(location: Sequence[int | str]) -> list[str]:
-    """Field names, or known keys, of the schema at a location such as ("stages", "joint")."""
-    here: Any = Recipe
-    for key in location:
-        if isinstance(here, type) and issubclass(here, BaseModel) and key in here.model_fields:
-            here = here.model_fields[str(key)].annotation
-        elif get_origin(here) is dict:
-            here = get_args(here)[1]
-        else:
-            return []
-    return list(here.model_fields) if isinstance(here, type) and issubclass(here, BaseModel) else []
-
-
-def _unknown(dotted: str, name: str, names: Sequence[str], kind: str = "field") -> str:
-    near = nearest_name(name, names)
-    where = dotted.rpartition(".")[0] or "the recipe"
-    hint = f"did you mean '{near}'?" if near else f"{where} has {', '.join(names)}"
-    return f"{dotted} is not a {kind}; {hint}"
-
-
-_WANTED = {
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "int_parsing": "a whole number",
-    "float_type": "a number",
-    "float_parsing": "a number",
-    "bool_type": "true or false",
-    "string_type": "text (put quotes around it)",
-    "tuple_type": "a list",
-    "dict_type": "a mapping of names to values",
-    "model_type": "a section with fields",
-    "model_attributes_type": "a section with fields",
-    "finite_number": "a finite number",
-}
-
-
-def _sentence(error: ErrorDetails) -> str:
-    """One pydantic error as one sentence: dotted field, value, reason, nearest right name."""
-    kind, value, context = error["type"], error["input"], error.get("ctx", {})
-    location = [key for key in error["loc"] if key != "[key]"]
-    dotted = ".".join(str(key) for key in location)
-    if kind == "extra_forbidden":
-        return _unknown(dotted, str(location[-1]), _names_at(location[:-1]))
-    if kind == "literal_error":
-        choices = re.findall(r"'([^']*)'", str(context["expected"]))
-        if error["loc"][-1] == "[key]":
-            return _unknown(dotted, str(location[-1]), choices)
-        near = nearest_name(str(value), choices)
-        hint = f"; did you mean '{near}'?" if near else ""
-        return f"{dotted} is {_show(value)} but must be one of {', '.join(choices)}{hint}"
-    if kind in _WANTED:
-        return f"{dotted or 'it'} is {_show(value)} but must be {_WANTED[kind]}"
-    reason = error["msg"].removeprefix("Value error, ").rstrip(".")
-    if kind == "value_error":
-        return f"{dotted}: {reason}" if dotted else reason
-    reason = reason[0].lower() + reason[1:]
-    return f"{dotted} is {_show(value)}: {reason.replace('input', 'it')}"

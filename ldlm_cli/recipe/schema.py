@@ -275,7 +275,7 @@ class Recipe(Section):
             raise ValueError("the judge may not be the token encoder itself; name another model as judge.source")
         if self.model.latents.kind == "slots" and self.model.latents.slots is None:
             raise ValueError("model.latents.kind: slots needs model.latents.slots")
-        widths = {name: self.model.latents.width for name in ("latent_encoder", "latent_decoder", "denoiser")}
+        widths = dict.fromkeys(("latent_encoder", "latent_decoder", "denoiser"), self.model.latents.width)
         for name, width in (widths | {"token_decoder": self.token_encoder.width}).items():
             heads = getattr(self.model, name).heads
             if width % (2 * heads):

@@ -51,16 +51,15 @@ def report_markdown(report: dict[str, Any]) -> str:
     lines = [f"# Evaluation of {report['identity']['run']}", ""]
     if report["identity"]["data_is_synthetic"]:
         lines += ["The corpus is synthetic: these numbers say nothing about natural text.", ""]
-    if "generation" in report:
-        lines += _generation_lines(report)
+    if "generation" in report and "controls" in report:
+        lines += _generation_lines(report["generation"], report["controls"])
     if "reconstruction" in report:
         lines += _reconstruction_lines(report["reconstruction"])
     lines += ["## Circumstances", "", "```json", json.dumps(_finite(report["identity"]), indent=2), "```", ""]
     return "\n".join(lines)
 
 
-def _generation_lines(report: dict[str, Any]) -> list[str]:
-    generation, controls = report["generation"], report.get("controls", {})
+def _generation_lines(generation: dict[str, Any], controls: dict[str, Any]) -> list[str]:
     rows = {"generated": generation} | {ROW_NAMES.get(name, name): row for name, row in controls.items()}
     columns = {key: title for key, title in COLUMNS.items() if any(key in row for row in rows.values())}
     lines = ["## Generated texts", "", *_table(["", *columns.values()], [
@@ -70,7 +69,9 @@ def _generation_lines(report: dict[str, Any]) -> list[str]:
         "",
         f"The judge's own held-out text costs it {generation['judge_held_out_nats_per_token']:.4f} nats per token "
         f"({generation['judge_held_out_measured_on']}).",
-        f"Entropy of generated texts is {_number(generation['entropy_ratio'])} times that of held-out texts of matching lengths.",
+        f"Entropy of generated texts is {_number(generation['entropy_ratio'])} times that of held-out texts of "
+        f"matching lengths ({generation['num_texts']} texts against {controls['held_out_text']['num_texts']}, each a "
+        f"{controls['held_out_text']['kind']}).",
         "",
     ]
     if generation.get("broken_stories"):
@@ -120,7 +121,7 @@ def _number(value: float | None) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """The same value with infinities and NaN written out as strings: JSON has no such numbers, and null would hide them."""
+    """The same value with infinities and NaN as strings: JSON has no such numbers, and null would hide them."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
