@@ -106,7 +106,7 @@ def write_snapshot(
     probabilities: NDArray[np.float64] | None,
     facts: dict[str, Any],
 ) -> Path:
-    """Write `snapshot/`: one safetensors file a part, normalisation, vocabulary, config; replaces an older one whole."""
+    """Write `snapshot/`: one safetensors file a part, normalisation, vocabulary, config; an older one is replaced."""
     folder, aside = run / "snapshot", run / ".snapshot.tmp"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -152,8 +152,8 @@ def model_card(recipe: Recipe, config: dict[str, Any]) -> str:
     """A short model card in Markdown."""
     synthetic = " (synthetic)" if recipe.data.source.startswith("builtin:") else ""
     return (
-        f"# {recipe.name}\n\nA latent diffusion language model (method: arXiv 2605.07933, as reconstructed) trained with "
-        f"ldlm {config['ldlm']} on `{recipe.data.source}`{synthetic}.\n\n"
+        f"# {recipe.name}\n\nA latent diffusion language model (method: arXiv 2605.07933, as reconstructed) trained "
+        f"with ldlm {config['ldlm']} on `{recipe.data.source}`{synthetic}.\n\n"
         f"- weights: `{config['hash']}` (exponential averages)\n- seed: {recipe.seed}\n"
         f"- training length: {recipe.data.max_len_tokens} tokens\n- use: `ldlm sample --run RUN --steps 50`\n"
     )

@@ -15,7 +15,7 @@ from ldlm_cli.errors import LdlmError
 
 
 def faster_precision() -> str:
-    """`bf16` on a GPU that has it, or on a CPU whose bfloat16 matrix products are measured to be much faster; else `fp32`.
+    """`bf16` on a GPU that has it, or on a CPU measured to multiply it much faster than float32; else `fp32`.
 
     CPUs that announce bfloat16 differ: some multiply it five times faster than float32, some at half the speed.
     """
@@ -28,15 +28,23 @@ def faster_precision() -> str:
 MUCH_FASTER = 1.5
 
 
-def _matmul_seconds(dtype: torch.dtype) -> float:
+def _matmul_seconds(dtype: torch.dtype, device: str = "cpu") -> float:
     """Best of five products [2048, 512] x [512, 512]."""
-    left, right = torch.ones(2048, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
+    left, right = torch.ones(2048, 512, dtype=dtype, device=device), torch.ones(512, 512, dtype=dtype, device=device)
     times = []
     for _ in range(5):
         start = time.perf_counter()
         left @ right
+        if device == "cuda":
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return min(times)
+
+
+def matmul_flops() -> float:
+    """Measured matrix speed of this machine in FLOP/s, in the precision that `auto` picks."""
+    dtype = torch.bfloat16 if faster_precision() == "bf16" else torch.float32
+    return 2 * 2048 * 512 * 512 / _matmul_seconds(dtype, "cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Runtime:
@@ -54,7 +62,11 @@ class Runtime:
             LdlmError: the launcher set WORLD_SIZE, but that many processes did not find each other.
         """
         from accelerate import Accelerator
+        from transformers.utils import logging
 
+        # Its load reports and progress bars belong to no table of ours; its errors still come through.
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
         if precision == "auto":
             precision = faster_precision()
         accelerator = Accelerator(

@@ -7,6 +7,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -65,9 +66,6 @@ def _run(arguments: Sequence[str] | None) -> int:
     """Run one command; the exit code of what happened (product: 0, 1, 2, 3, 130, 143)."""
     global _debug
     _debug = bool(os.environ.get("LDLM_DEBUG"))
-    # transformers' bars and load reports are about our own small files; they would tear our display. A user may set them.
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         app(args=None if arguments is None else list(arguments), prog_name="ldlm")
     except SystemExit as done:
@@ -90,13 +88,23 @@ def _run(arguments: Sequence[str] | None) -> int:
         if _debug:
             traceback.print_exc()
         what = " ".join(str(error).split())[:300]
+        launch.let_the_first_failure_speak()
         _complain(f"{type(error).__name__}: {what}; run `ldlm --debug …` for the traceback", everywhere=True)
         return 1
     return 0
 
 
+def _end(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `ldlm`; ends the process with the exit code of the command."""
-    code = _run(arguments)
+    # So that SIGTERM ends by way of every `finally`; training has a handler of its own while it runs.
+    before = signal.signal(signal.SIGTERM, _end)
+    try:
+        code = _run(arguments)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     launch.record_exit_code(code)
     sys.exit(code)

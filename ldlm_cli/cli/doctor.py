@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import socket
 import subprocess
@@ -97,20 +98,30 @@ def _version(package: str) -> str | None:
 def _compute() -> dict[str, Any]:
     try:
         import torch
-
-        from ldlm_cli.runtime import native_bf16
     except ImportError as error:
         # A broken installation is what doctor is called for: it is a finding, not the end of the examination.
         return {"torch": f"cannot be imported: {error}"}
+    from ldlm_cli.runtime import faster_precision
+
     cuda = torch.cuda.is_available()
     return {
         "device": "cuda" if cuda else "cpu",
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if cuda else [],
         "cuda": torch.version.cuda,
         "threads": torch.get_num_threads(),
-        "bf16_native": native_bf16(),
+        "bf16_native": torch.cuda.is_bf16_supported(including_emulation=False) if cuda else _cpu_has_bf16(),
+        "precision_auto": faster_precision(),
         "distributed": torch.distributed.is_available(),
     }
+
+
+def _cpu_has_bf16() -> bool | None:
+    """Whether the processor announces bfloat16 products; None where the system does not say (not Linux)."""
+    try:
+        flags = set(re.findall(r"\S+", Path("/proc/cpuinfo").read_text(encoding="utf-8")))
+    except OSError:
+        return None
+    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
 def _git_commit() -> str | None:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
@@ -77,6 +78,16 @@ def exit_code_of(status: int, recorded: int | None, received: Sequence[int]) -> 
     return recorded if recorded in (1, 2, 3) else 1
 
 
+def let_the_first_failure_speak() -> None:
+    """In a process other than the first: wait a moment, in which torchrun ends us if another process failed before.
+
+    What we would say then is only that the other one has gone.
+    """
+    if os.environ.get("RANK", "0") != "0" and EXIT_CODE_FILE in os.environ:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(2)
+
+
 def record_exit_code(code: int) -> None:
     """Leave process 0's exit code for the parent, where there is one."""
     path = os.environ.get(EXIT_CODE_FILE)
@@ -94,9 +105,12 @@ def _agent() -> int:
 
     debug = bool(os.environ.get("LDLM_DEBUG")) or "--debug" in sys.argv
     if not debug:
-        logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+        logging.disable(logging.CRITICAL)
     try:
-        run.main(sys.argv[1:])
+        parser = run.get_args_parser()
+        # argparse looks for abbreviations even behind the script's name, where our --num would be one of its options.
+        parser.allow_abbrev = False
+        run.run(parser.parse_args())
     except (ChildFailedError, SignalException):
         if debug:
             raise

@@ -82,7 +82,7 @@ def _train(
     from ldlm_cli.report import console, tables
 
     if dry_run:
-        from ldlm_cli.training.run import plan_report
+        from ldlm_cli.training.plan import plan_report
 
         report = plan_report(recipe, plan)
         if as_json:

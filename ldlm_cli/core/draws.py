@@ -12,7 +12,7 @@ _MASK = (1 << 64) - 1
 
 
 def seed_at(*address: int) -> int:
-    """A 63-bit seed from a list of integers (splitmix64 over the list): equal lists give equal seeds, on any machine."""
+    """A 63-bit seed from a list of integers (splitmix64 over the list), the same on any machine."""
     state = 0
     for number in address:
         state = (state + (number & _MASK) + 0x9E3779B97F4A7C15) & _MASK
@@ -32,7 +32,7 @@ class Draws:
     """The random numbers of one training step for the rows of one process.
 
     uniform: [B, 2] float64 on the CPU in [0, 1): time before warping, self-conditioning coin.
-    noise: [2, B, L, D] float: of the forward process, and of the decoder's input (independent: method.md 10, pitfall 11).
+    noise: [2, B, L, D] float: of the forward process, and of the decoder's input (independent: method.md 10.11).
     """
 
     uniform: Tensor

@@ -13,16 +13,17 @@ from ldlm_cli.recipe.schema import LatentRecipe, TowerRecipe
 class LatentDecoder(nn.Module):
     """Perceiver that reads hidden states h_hat [B, N, H] out of latents z [B, L, D].
 
-    Queries are one shared vector placed by rotary position. Source: arXiv 2605.07933 as reconstructed (method.md 2.1).
+    Queries are placed by rotary position and start from their own latent (see LatentEncoder). Source: arXiv 2605.07933 as reconstructed (method.md 2.1).
     """
 
     def __init__(self, latents: LatentRecipe, tower: TowerRecipe, hidden_width: int) -> None:
         super().__init__()
         width = latents.width
         self.layout, self.head_size = LatentLayout(latents), width // tower.heads
+        self.aligned = latents.kind == "positional" and latents.aligned
         self.queries = nn.Parameter(torch.empty(1, width))
         self.slot_positions = nn.Parameter(torch.empty(latents.slots, width)) if latents.slots else None
-        self.query_norm = RMSNorm(width)
+        self.query_norm = None if self.aligned else RMSNorm(width)
         self.blocks = nn.ModuleList(PerceiverBlock(width, tower.heads, tower.dropout) for _ in range(tower.layers))
         self.out_norm, self.out = RMSNorm(width), nn.Linear(width, hidden_width, bias=False)
         init_linear(self)
@@ -35,7 +36,10 @@ class LatentDecoder(nn.Module):
         batch, tokens = token_mask.shape
         if self.slot_positions is not None:
             z = z + self.slot_positions
-        x = self.query_norm(self.queries).expand(batch, tokens, -1).to(z.dtype)
+        if self.query_norm is None:
+            x = self.layout.spread(z, tokens) + self.queries.to(z.dtype)
+        else:
+            x = self.query_norm(self.queries).expand(batch, tokens, -1).to(z.dtype)
         rotary = rotary_angles(torch.arange(tokens, device=z.device), self.head_size)
         context_rotary = rotary_angles(self.layout.positions(z.shape[1], z.device), self.head_size)
         mask = key_mask(torch.cat([token_mask, latent_mask], dim=1))

@@ -1,4 +1,4 @@
-"""Blocks shared by the parts. B batch, N tokens or latents of one stream, M of another, D width, A heads, K head size."""
+"""Blocks shared by the parts. B batch, N, M positions of two streams, D width, A heads, K head size."""
 
 from __future__ import annotations
 

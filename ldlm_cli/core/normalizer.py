@@ -37,7 +37,7 @@ class Normalizer(nn.Module):
 
 
 class Moments:
-    """Running count, sum and sum of outer products of rows [M, width], float64: mean, std and covariance of a stream."""
+    """Running count, sum and sum of outer products of rows [M, width], float64: mean, std, covariance."""
 
     def __init__(self, width: int) -> None:
         self.count = 0.0

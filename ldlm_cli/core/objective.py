@@ -4,8 +4,8 @@
     z_0 = latent_encoder(h)
     L_h    = mean |h - latent_decoder(z_0 + sigma_dec eps')|^2      to latent encoder and latent decoder
     L_w    = CE(tokens, token_decoder(sg(h_hat)))                  to the token decoder only
-    L_diff = mean |z_g - denoiser(alpha z_g + sigma eps, t, sc)|^2  to the denoiser, and to the latent encoder times gamma
-with z_g = sg(z_0) + gamma (z_0 - sg(z_0)). Source: arXiv 2605.07933, Eq. (2) and Sec. 4-5 as reconstructed (method.md 3).
+    L_diff = mean |z_g - denoiser(alpha z_g + sigma eps, t, sc)|^2  to the denoiser; times gamma to the latent encoder
+with z_g = sg(z_0) + gamma (z_0 - sg(z_0)). Source: arXiv 2605.07933, Eq. (2), Sec. 4-5 as reconstructed (method.md 3).
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -80,7 +81,7 @@ def sample_ddim(
         z_0_hat of the last call, [B, L, D].
     """
     z_self = torch.zeros_like(z)
-    for index, (now, following) in enumerate(zip(grid[:-1], grid[1:], strict=True)):
+    for index, (now, following) in enumerate(itertools.pairwise(grid)):
         t, s = (torch.full((z.shape[0],), float(time), device=z.device) for time in (now, following))
         z_self = denoise(z, t, z_self)
         if on_step is not None:
@@ -117,15 +118,14 @@ def sample_euler(
         UsageError: a step with beta dt > 2 would diverge; names the number of steps needed.
     """
     largest = max(
-        float(schedule.beta(torch.tensor(now))) * (now - following)
-        for now, following in zip(grid[:-1], grid[1:], strict=True)
+        float(schedule.beta(torch.tensor(now))) * (now - following) for now, following in itertools.pairwise(grid)
     )
     if largest > 2:
         needed = math.ceil((len(grid) - 1) * largest / 2)
         raise UsageError(f"sampler euler is unstable with {len(grid) - 1} steps on this grid: use at least {needed}")
     z_self = torch.zeros_like(z)
     mean = z
-    for index, (now, following) in enumerate(zip(grid[:-1], grid[1:], strict=True)):
+    for index, (now, following) in enumerate(itertools.pairwise(grid)):
         t = torch.full((z.shape[0],), float(now), device=z.device)
         z_self = denoise(z, t, z_self)
         if on_step is not None:

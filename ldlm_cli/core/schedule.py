@@ -37,7 +37,7 @@ class TangentSchedule:
         return cosine / norm, self.scale * sine / norm
 
     def beta(self, t: Tensor) -> Tensor:
-        """Rate of the reverse SDE, -2 d(log alpha)/dt, float64, shape of `t`; t is clipped at 0.95 as in the lineage."""
+        """Rate of the reverse SDE, -2 d(log alpha)/dt, float64, shape of `t`; t is clipped at 0.95 (lineage)."""
         tangent = torch.tan(t.double().clamp(max=0.95) * (math.pi / 2))
         squared = self.scale**2
         return math.pi * squared * tangent * (1 + tangent**2) / (1 + squared * tangent**2)

@@ -1,4 +1,4 @@
-"""What a recipe may say: one frozen pydantic model per section, with default, unit and range per field. No torch here."""
+"""What a recipe may say: one frozen pydantic model per section; default, unit and range per field. No torch here."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class TokenEncoderRecipe(Section):
     layers: int = Field(4, ge=1)
     heads: int = Field(4, ge=1)
     vocab_size: int | None = Field(None, ge=1)
-    """Width, blocks, heads and vocabulary: built so when trained, demanded so when loaded (vocabulary: null accepts any)."""
+    """Width, blocks, heads, vocabulary: built so when trained, demanded so when loaded (vocabulary: null accepts any)."""
     clip_std: float = Field(10.0, gt=0)
     """Standardised hidden states are clipped at this many standard deviations."""
 
@@ -90,6 +90,9 @@ class LatentRecipe(Section):
     """`positional`: one latent per `stride` tokens, placed by rotary position; `slots`: learned slots (the paper's)."""
     stride: int = Field(1, ge=1)
     """Tokens per latent (positional)."""
+    aligned: bool = True
+    """Positional queries start from the states at their own tokens, so that content has a short way through encoder and
+    decoder; off, a query is one shared vector placed by rotary position only."""
     slots: int | None = Field(None, ge=1)
     """Number of learned slots (kind slots)."""
     encoder_norm_gain: bool = False
@@ -252,9 +255,9 @@ class Recipe(Section):
     judge: JudgeRecipe = JudgeRecipe()
     model: ModelRecipe = ModelRecipe()
     diffusion: DiffusionRecipe = DiffusionRecipe()
-    stages: dict[str, StageRecipe] = Field(default_factory=lambda: {"joint": StageRecipe()})
-    plans: dict[str, tuple[str, ...]] = Field(default_factory=lambda: {"joint": ("joint",)})
-    """A plan is a list of stage names: train-joint runs plan `joint`, train-sequential plan `sequential`, train-lm `lm`."""
+    stages: dict[str, StageRecipe] = {"joint": StageRecipe()}
+    plans: dict[str, tuple[str, ...]] = {"joint": ("joint",)}
+    """A plan is a list of stage names: train-joint runs `joint`, train-sequential `sequential`, train-lm `lm`."""
     training: TrainingRecipe = TrainingRecipe()
     sampling: SamplingRecipe = SamplingRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()

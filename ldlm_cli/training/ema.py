@@ -10,7 +10,7 @@ from torch.optim.swa_utils import AveragedModel
 
 
 def warmed_up_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor | int], None]:
-    """Exponential average whose decay starts at (1 + n) / (10 + n), so that a short run does not average its own start."""
+    """Exponential average with decay min(decay, (1 + n) / (10 + n)): a short run does not average its own start."""
 
     @torch.no_grad()
     def update(averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:

@@ -140,13 +140,13 @@ def latent_alarm(metrics: dict[str, Any], steps: int) -> str | None:
         return None
     if std < HEALTHY_STD[0]:
         return (
-            f"latents have collapsed: centred std {std:.2f} below {HEALTHY_STD[0]}; the diffusion loss reaches the encoder "
-            "too early or too strongly: lengthen gate.warmup_steps, or set gate.kind to wait"
+            f"latents have collapsed: centred std {std:.2f} below {HEALTHY_STD[0]}; the diffusion loss reaches the "
+            "encoder too early or too strongly: lengthen gate.warmup_steps, or set gate.kind to wait"
         )
     if std > HEALTHY_STD[1]:
         return (
-            f"latents have inflated: centred std {std:.2f} above {HEALTHY_STD[1]}, so the decoder noise no longer limits "
-            "them: set model.latents.encoder_norm_gain to false"
+            f"latents have inflated: centred std {std:.2f} above {HEALTHY_STD[1]}, so the decoder noise no longer "
+            "limits them: set model.latents.encoder_norm_gain to false"
         )
     return None
 
@@ -155,8 +155,8 @@ def latent_alarm(metrics: dict[str, Any], steps: int) -> str | None:
 def measure_statistics(model: LDLM, order: BatchOrder, runtime: Runtime, *, latents: bool) -> None:
     """Measure mean and std per dimension on the training split and store them in the model.
 
-    Of hidden states (`latents` False; position 0 is left out when no prefix token is used, since the first position of a
-    causal LM has enormous norm) or of latents (True: a sequential plan standardises them before the diffusion stage).
+    Of hidden states (`latents` False; position 0 is left out when no prefix token is used, since the first position
+    of a causal LM has enormous norm) or of latents (True: a sequential plan standardises them before the diffusion stage).
     """
     encoder = model.token_encoder
     assert encoder is not None

@@ -12,7 +12,7 @@ from ldlm_cli.recipe.schema import OptimizerRecipe
 
 
 def lr_at(step: int, total_steps: int, recipe: OptimizerRecipe) -> float:
-    """Learning rate of optimizer step `step` (0-based): linear warmup, then constant or half a cosine to `final_share`."""
+    """Learning rate of step `step` (0-based): linear warmup, then constant or half a cosine to `final_share`."""
     if step < recipe.warmup_steps:
         return recipe.learning_rate * (step + 1) / recipe.warmup_steps
     if recipe.schedule == "constant":

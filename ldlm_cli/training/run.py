@@ -27,7 +27,7 @@ from ldlm_cli.checkpoint import (
 from ldlm_cli.core.draws import seed_at
 from ldlm_cli.core.model import LDLM, build_parts
 from ldlm_cli.core.token_encoder import build_token_encoder
-from ldlm_cli.data.batches import BatchOrder, held_out_windows, length_histogram
+from ldlm_cli.data.batches import BatchOrder, length_histogram
 from ldlm_cli.data.shards import TokenFolder, prepare_tokens
 from ldlm_cli.errors import RecipeError
 from ldlm_cli.generate import Generator, SamplingOptions
@@ -41,6 +41,7 @@ from ldlm_cli.training.language_model import (
 )
 from ldlm_cli.training.latent import LatentTask, init_seed, latent_alarm, measure_statistics
 from ldlm_cli.training.loop import Hooks, StageState, run_stage, start_stage
+from ldlm_cli.training.plan import plan_stages
 
 HELD_OUT_TOKENS = 32_768
 PREVIEW_TEXTS, PREVIEW_STEPS = 8, 20
@@ -78,13 +79,6 @@ class Run:
     def say(self, call: Callable[[], None]) -> None:
         if self.runtime.is_main:
             call()
-
-
-def plan_stages(recipe: Recipe, plan: str) -> list[tuple[str, StageRecipe]]:
-    """The stages of a plan; RecipeError names the plans there are."""
-    if plan not in recipe.plans:
-        raise RecipeError(f"recipe '{recipe.name}' has no plan '{plan}'; it has: {', '.join(recipe.plans)}")
-    return [(name, recipe.stages[name]) for name in recipe.plans[plan]]
 
 
 def run_folder(recipe: Recipe, plan: str) -> Path:
@@ -199,7 +193,7 @@ def run_latent(run: Run, index: int, name: str, stage: StageRecipe, resumed: tup
     model = run.model or build_model(run)
     model.to(run.runtime.device)
     kept = latent_modules(model)
-    if resumed is not None:
+    if resumed is not None and resumed[0]:  # empty right after a language model stage
         load_module_tensors(kept, resumed[0])
     elif run.model is None:
         measure_statistics(model, order, run.runtime, latents=False)
@@ -317,11 +311,8 @@ def finish_stage(run: Run, index: int, tensors: dict[str, torch.Tensor], task: d
     if run.runtime.is_main:
         state = {"stage": index + 1, "step": 0, "task": task}
         keep = run.recipe.training.keep_checkpoints
-        save_checkpoint(run.folder, checkpoint_name(index + 1, 0), tensors or EMPTY, None, state, keep)
+        save_checkpoint(run.folder, checkpoint_name(index + 1, 0), tensors, None, state, keep)
     run.runtime.barrier()
-
-
-EMPTY = {"none": torch.zeros(1)}
 
 
 def checkpoint_name(stage: int, step: int) -> str:
