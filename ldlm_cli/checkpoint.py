@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from ldlm_cli import __version__
 from ldlm_cli.core.model import LDLM, PARTS, build_parts
 from ldlm_cli.core.token_encoder import build_token_encoder
 from ldlm_cli.data.vocabulary import Vocabulary
-from ldlm_cli.errors import SnapshotError
+from ldlm_cli.errors import DataError, SnapshotError
 from ldlm_cli.recipe.schema import Recipe
 
 SNAPSHOT_FORMAT = 1
@@ -66,10 +67,16 @@ def list_checkpoints(run: Path) -> list[Path]:
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None, dict[str, Any]]:
     """Tensors, optimizer state (or None) and the JSON state. Never unpickles anything but tensors and plain values."""
-    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    optimizer = folder / "optimizer.pt"
-    loaded = torch.load(optimizer, map_location="cpu", weights_only=True) if optimizer.exists() else None
-    return load_file(folder / "tensors.safetensors"), loaded, state
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        optimizer = folder / "optimizer.pt"
+        loaded = torch.load(optimizer, map_location="cpu", weights_only=True) if optimizer.exists() else None
+        return load_file(folder / "tensors.safetensors"), loaded, state
+    except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError) as error:
+        raise SnapshotError(
+            f"the checkpoint '{folder}' is damaged ({str(error).splitlines()[0][:120]}): delete it to go on from "
+            "the one before, or start again with --fresh"
+        ) from error
 
 
 # ------------------------------------------------------------------ snapshots
@@ -79,7 +86,8 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any] | N
 class Snapshot:
     """A trained latent diffusion language model, opened for use.
 
-    hash: sha256 of the weight files, 16 hex digits. length_histogram: texts by length in tokens, [window + 1].
+    hash: sha256 over the weight files' hashes, 16 hex digits.
+    length_histogram: texts by length in tokens, [window + 1].
     probabilities: the adaptive times' bin probabilities (for the warped grid), None when times were uniform.
     """
 
@@ -128,6 +136,7 @@ def write_snapshot(
         "ldlm": __version__,
         "recipe": recipe.model_dump(mode="json"),
         "vocab_size": vocabulary.size,
+        "files": weight_hashes(aside),
         "hash": weights_hash(aside),
         "length_histogram": [int(count) for count in length_histogram],
         "time_probabilities": None if probabilities is None else [float(share) for share in probabilities],
@@ -140,12 +149,27 @@ def write_snapshot(
     return folder
 
 
+def weight_hashes(folder: Path) -> dict[str, str]:
+    """sha256 of each weight file of a snapshot, by file name."""
+    return {path.name: file_hash(path) for path in sorted(folder.glob("*.safetensors"))}
+
+
 def weights_hash(folder: Path) -> str:
-    """sha256 over the weight files of a snapshot in name order, first 16 hex digits."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
+    """sha256 over the names and hashes of a snapshot's weight files, first 16 hex digits."""
+    return hashlib.sha256(json.dumps(weight_hashes(folder)).encode()).hexdigest()[:16]
+
+
+def file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load_weights(folder: Path, name: str, config: dict[str, Any]) -> dict[str, Tensor]:
+    """A weight file of a snapshot, checked against the hash that its config states; ValueError when they differ."""
+    path = folder / f"{name}.safetensors"
+    if file_hash(path) != config["files"][path.name]:
+        raise ValueError(f"{path.name} is not the file that was written")
+    return load_file(path)
 
 
 def model_card(recipe: Recipe, config: dict[str, Any]) -> str:
@@ -203,8 +227,8 @@ def load_snapshot(
         vocabulary = Vocabulary.load(folder / "vocabulary")
         built = build_parts(recipe, int(config["vocab_size"]), names)
         for name, part in built.items():
-            part.load_state_dict(load_file(folder / f"{name}.safetensors"))
-        normal = load_file(folder / "normalization.safetensors")
+            part.load_state_dict(load_weights(folder, name, config))
+        normal = load_weights(folder, "normalization", config)
         encoder = None
         if token_encoder:
             own = recipe.token_encoder.source == "trained"
@@ -215,7 +239,7 @@ def load_snapshot(
         model.latent_normalizer.set_statistics(normal["latent_mean"], normal["latent_std"])
         histogram = np.asarray(config["length_histogram"], dtype=np.int64)
         probabilities = config["time_probabilities"]
-    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError, ValidationError) as error:
+    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError, ValidationError, DataError) as error:
         raise SnapshotError(
             f"the snapshot in '{folder}' cannot be read ({str(error).splitlines()[0]}): train again or name another run"
         ) from error

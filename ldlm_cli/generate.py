@@ -16,7 +16,15 @@ from torch import Tensor
 from ldlm_cli.checkpoint import Snapshot
 from ldlm_cli.core.draws import generator_at
 from ldlm_cli.core.model import LDLM
-from ldlm_cli.core.sampler import EULER_T_MIN, SAMPLERS, guided, time_grid
+from ldlm_cli.core.sampler import (
+    EULER_LIMIT,
+    EULER_T_MIN,
+    SAMPLERS,
+    euler_refusal,
+    guided,
+    largest_euler_step,
+    time_grid,
+)
 from ldlm_cli.core.schedule import build_schedule
 from ldlm_cli.data.vocabulary import Vocabulary
 from ldlm_cli.errors import UsageError
@@ -81,7 +89,13 @@ class Generator:
         self.fixed = recipe.model.latents.kind == "slots"
         self.schedule = build_schedule(recipe.diffusion.schedule, recipe.diffusion.schedule_scale)
         t_min = EULER_T_MIN if options.sampler == "euler" else 0.0
-        self.grid = time_grid(options.grid, options.steps, probabilities, t_min)
+
+        def grid_of(steps: int) -> NDArray[np.float64]:
+            return time_grid(options.grid, steps, probabilities, t_min)
+
+        self.grid = grid_of(options.steps)
+        if options.sampler == "euler" and largest_euler_step(self.schedule, self.grid) > EULER_LIMIT:
+            raise euler_refusal(self.schedule, options.steps, grid_of)
         self.sampler, default_churn = SAMPLERS[options.sampler]
         self.churn = default_churn if options.churn is None else options.churn
 

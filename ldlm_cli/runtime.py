@@ -62,22 +62,24 @@ class Runtime:
             LdlmError: the launcher set WORLD_SIZE, but that many processes did not find each other.
         """
         from accelerate import Accelerator
+        from accelerate.utils import broadcast_object_list
         from transformers.utils import logging
 
         # Its load reports and progress bars belong to no table of ours; its errors still come through.
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-        if precision == "auto":
-            precision = faster_precision()
-        accelerator = Accelerator(
-            cpu=not torch.cuda.is_available(), mixed_precision="bf16" if precision == "bf16" else "no"
-        )
+        accelerator = Accelerator(cpu=not torch.cuda.is_available())
         asked = int(os.environ.get("WORLD_SIZE", "1"))
         if accelerator.num_processes != asked:
             raise LdlmError(
                 f"the launcher asked for {asked} processes but {accelerator.num_processes} joined: "
                 "start with `ldlm … --num-processes N` or `torchrun -m ldlm_cli …`"
             )
+        if precision == "auto":
+            chosen = [faster_precision()]
+            if accelerator.num_processes > 1:
+                broadcast_object_list(chosen)  # a timing: processes may disagree, the first one's answer counts
+            precision = chosen[0]
         return cls(accelerator, precision)
 
     @property
@@ -97,8 +99,8 @@ class Runtime:
         return self.accelerator.num_processes
 
     def autocast(self) -> Any:
-        """Context in which matrix products run in this run's precision."""
-        return self.accelerator.autocast()
+        """Context in which matrix products run in this run's precision; weights and losses stay float32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def accumulate(self, prepared: Any, last: bool) -> Any:
         """Context of one micro-batch: gradients are exchanged with the last one only."""
@@ -131,7 +133,6 @@ class Runtime:
         """Leave the process group; a launcher may otherwise wait for it."""
         if self.num_processes > 1:
             self.accelerator.end_training()
-            torch.distributed.destroy_process_group()
 
 
 def share_rows(rows: int, micro_batches: int, num_processes: int, rank: int) -> list[list[int]]:

@@ -66,6 +66,10 @@ def _run(arguments: Sequence[str] | None) -> int:
     """Run one command; the exit code of what happened (product: 0, 1, 2, 3, 130, 143)."""
     global _debug
     _debug = bool(os.environ.get("LDLM_DEBUG"))
+    # Idle OpenMP threads spin long by default; beside any other busy process that makes a step five times slower. Not
+    # spinning at all costs a quiet machine a third (measured: 0.56 s a step against 0.39 s at 100,000 spins).
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "100000")
     try:
         app(args=None if arguments is None else list(arguments), prog_name="ldlm")
     except SystemExit as done:

@@ -37,8 +37,10 @@ class Denoiser(nn.Module):
         init_linear(self)
         if self.slot_positions is not None:
             nn.init.normal_(self.slot_positions, std=0.02)
-        for layer in [block.modulation for block in self.blocks] + [self.out_modulation, self.out]:
-            nn.init.zeros_(layer.weight)  # every block starts as the identity, the output as zero
+        # Every block starts as the identity, the output as zero.
+        modulations = [module.modulation for module in self.blocks if isinstance(module, AdaptiveNormBlock)]
+        for layer in (*modulations, self.out_modulation, self.out):
+            nn.init.zeros_(layer.weight)
 
     def forward(self, z_t: Tensor, t: Tensor, z_self: Tensor, latent_mask: Tensor) -> Tensor:
         """Estimate clean latents.

@@ -13,7 +13,8 @@ from ldlm_cli.recipe.schema import LatentRecipe, TowerRecipe
 class LatentDecoder(nn.Module):
     """Perceiver that reads hidden states h_hat [B, N, H] out of latents z [B, L, D].
 
-    Queries are placed by rotary position and start from their own latent (see LatentEncoder). Source: arXiv 2605.07933 as reconstructed (method.md 2.1).
+    Queries are placed by rotary position and start from their own latent (see LatentEncoder).
+    Source: arXiv 2605.07933 as reconstructed (method.md 2.1).
     """
 
     def __init__(self, latents: LatentRecipe, tower: TowerRecipe, hidden_width: int) -> None:

@@ -22,6 +22,7 @@ OnStep = Callable[[int, Tensor], None]
 """Called after denoiser call k = 1, 2, … with the current z_0_hat."""
 
 EULER_T_MIN = 0.05
+EULER_LIMIT = 2.0
 
 
 def time_grid(
@@ -100,6 +101,25 @@ def sample_ddim(
     return z_self
 
 
+def largest_euler_step(schedule: NoiseSchedule, grid: NDArray[np.float64]) -> float:
+    """Largest beta(t) dt along a grid; above EULER_LIMIT the Euler step overshoots and diverges."""
+    rates = schedule.beta(torch.from_numpy(grid[:-1])).numpy()
+    return float((rates * -np.diff(grid)).max())
+
+
+def refined(grid: NDArray[np.float64], steps: int) -> NDArray[np.float64]:
+    """The same grid with another number of steps, linear between its times."""
+    return np.interp(np.linspace(0, 1, steps + 1), np.linspace(0, 1, len(grid)), grid)
+
+
+def euler_refusal(schedule: NoiseSchedule, steps: int, grid_of: Callable[[int], NDArray[np.float64]]) -> UsageError:
+    """The error for an unstable grid, naming the least number of steps whose grid is stable."""
+    needed = steps + 1
+    while largest_euler_step(schedule, grid_of(needed)) > EULER_LIMIT:
+        needed += 1
+    return UsageError(f"sampler euler is unstable with {steps} steps on this grid: use at least {needed}")
+
+
 def sample_euler(
     denoise: Denoise,
     z: Tensor,
@@ -117,12 +137,8 @@ def sample_euler(
     Raises:
         UsageError: a step with beta dt > 2 would diverge; names the number of steps needed.
     """
-    largest = max(
-        float(schedule.beta(torch.tensor(now))) * (now - following) for now, following in itertools.pairwise(grid)
-    )
-    if largest > 2:
-        needed = math.ceil((len(grid) - 1) * largest / 2)
-        raise UsageError(f"sampler euler is unstable with {len(grid) - 1} steps on this grid: use at least {needed}")
+    if largest_euler_step(schedule, grid) > EULER_LIMIT:
+        raise euler_refusal(schedule, len(grid) - 1, lambda steps: refined(grid, steps))
     z_self = torch.zeros_like(z)
     mean = z
     for index, (now, following) in enumerate(itertools.pairwise(grid)):

@@ -39,14 +39,14 @@ class TokenEncoder(nn.Module):
     @torch.no_grad()
     def hidden(self, token_ids: Tensor, token_mask: Tensor) -> Tensor:
         """Raw hidden states, [B, N, H] float, of token_ids [B, N] int64 with token_mask [B, N] bool."""
-        if self.prefix_id is not None:
-            token_ids = nn.functional.pad(token_ids, (1, 0), value=self.prefix_id)
-            token_mask = nn.functional.pad(token_mask, (1, 0), value=True)
-        if self.max_tokens is not None and token_ids.shape[1] > self.max_tokens + (self.prefix_id is not None):
+        if self.max_tokens is not None and token_ids.shape[1] > self.max_tokens:
             raise UsageError(
                 f"the frozen token encoder takes at most {self.max_tokens} tokens, got {token_ids.shape[1]}: "
                 "use a shorter length"
             )
+        if self.prefix_id is not None:
+            token_ids = nn.functional.pad(token_ids, (1, 0), value=self.prefix_id)
+            token_mask = nn.functional.pad(token_mask, (1, 0), value=True)
         output = self.backbone(input_ids=token_ids, attention_mask=token_mask.long(), output_hidden_states=True)
         states = output.hidden_states[self.layer]
         return (states[:, 1:] if self.prefix_id is not None else states).float()

@@ -66,7 +66,7 @@ class TokenEncoderRecipe(Section):
     layers: int = Field(4, ge=1)
     heads: int = Field(4, ge=1)
     vocab_size: int | None = Field(None, ge=1)
-    """Width, blocks, heads, vocabulary: built so when trained, demanded so when loaded (vocabulary: null accepts any)."""
+    """Width, blocks, heads, vocabulary: built so when trained, demanded when loaded (vocabulary: null accepts any)."""
     clip_std: float = Field(10.0, gt=0)
     """Standardised hidden states are clipped at this many standard deviations."""
 

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+TensorList = tuple[Tensor, ...] | list[Tensor]
 
-def warmed_up_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor | int], None]:
+
+def warmed_up_average(decay: float) -> Callable[[TensorList, TensorList, Tensor | int], None]:
     """Exponential average with decay min(decay, (1 + n) / (10 + n)): a short run does not average its own start."""
 
     @torch.no_grad()
-    def update(averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
+    def update(averaged: TensorList, current: TensorList, count: Tensor | int) -> None:
         number = float(count)
         torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + number) / (10 + number)))
 

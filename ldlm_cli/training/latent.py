@@ -156,7 +156,8 @@ def measure_statistics(model: LDLM, order: BatchOrder, runtime: Runtime, *, late
     """Measure mean and std per dimension on the training split and store them in the model.
 
     Of hidden states (`latents` False; position 0 is left out when no prefix token is used, since the first position
-    of a causal LM has enormous norm) or of latents (True: a sequential plan standardises them before the diffusion stage).
+    of a causal LM has enormous norm) or of latents (True: a sequential plan
+    standardises them before the diffusion stage).
     """
     encoder = model.token_encoder
     assert encoder is not None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -22,7 +21,7 @@ def lr_at(step: int, total_steps: int, recipe: OptimizerRecipe) -> float:
     return recipe.learning_rate * (recipe.final_share + (1 - recipe.final_share) * cosine)
 
 
-def build_optimizer(parts: Mapping[str, nn.Module], recipe: OptimizerRecipe) -> torch.optim.AdamW:
+def build_optimizer(parts: nn.ModuleDict, recipe: OptimizerRecipe) -> torch.optim.AdamW:
     """One group per part and kind: matrices decay, norms, biases and query tables do not."""
     groups = []
     for name, part in parts.items():
@@ -40,7 +39,7 @@ def build_optimizer(parts: Mapping[str, nn.Module], recipe: OptimizerRecipe) -> 
     )
 
 
-def clip_parts(parts: Mapping[str, nn.Module], max_norm: float) -> dict[str, torch.Tensor]:
+def clip_parts(parts: nn.ModuleDict, max_norm: float) -> dict[str, torch.Tensor]:
     """Clip the gradient of each part to `max_norm` on its own; returns the norms before clipping, by part.
 
     Clipped together, the encoder's gradient would be scaled by the denoiser's (method.md 5).

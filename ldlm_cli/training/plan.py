@@ -70,7 +70,7 @@ def _language_model_parameters(recipe: Recipe, vocab_size: int) -> int:
 def _stage_row(recipe: Recipe, name: str, stage: StageRecipe, parts: dict[str, int], frozen: int) -> dict[str, Any]:
     """6 FLOPs a parameter and token trained, 2 where only the forward pass runs."""
     if stage.kind == "language_model":
-        per_token = 6 * frozen
+        per_token: float = 6 * frozen
     else:
         self_conditioned = 2 * parts["denoiser"] * recipe.diffusion.self_conditioning_share
         per_token = 6 * sum(parts[part] for part in stage.trains) + 2 * frozen

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -104,6 +104,7 @@ def run_recipe(
     manifest = read_manifest(folder)
     if manifest is not None:
         refuse_changes(recipe, plan, manifest, folder)
+        runtime.precision = manifest["precision"]  # `auto` is a timing and might be decided otherwise today
         if manifest.get("finished"):
             return {"run": str(folder), "status": "already finished"}
     started = time.perf_counter()
@@ -205,7 +206,8 @@ def run_latent(run: Run, index: int, name: str, stage: StageRecipe, resumed: tup
 
     def preview(state: StageState) -> dict[str, Any]:
         options = SamplingOptions(num=PREVIEW_TEXTS, steps=PREVIEW_STEPS, batch_size=PREVIEW_TEXTS)
-        averaged = LDLM(dict(model.parts.items()) | dict(state.ema.module.items()), None, run.recipe)
+        newest = dict(model.parts.items()) | dict(cast(torch.nn.Module, state.ema.module).named_children())
+        averaged = LDLM(newest, None, run.recipe)
         averaged.latent_normalizer.load_state_dict(model.latent_normalizer.state_dict())
         averaged.eval().to(run.runtime.device)
         generator = Generator(averaged, run.recipe, run.tokens.vocabulary, histogram, None, options, run.runtime)
