@@ -19,6 +19,8 @@ from ldlm_cli.recipe.schema import Recipe, StageRecipe
 FOLDER = Path(__file__).parents[1] / "recipes"
 FILES = sorted(FOLDER.rglob("*.yaml"))
 PAPER_BITS = 58.4
+MORE_BITS = ("base", "base-long", "text")
+"""Recipes that depart from the width rule on purpose; base.yaml says why."""
 
 pytestmark = pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(FOLDER)) for path in FILES])
 
@@ -43,13 +45,16 @@ def test_recipe_builds_without_memory(path: Path) -> None:
     assert all(count > 0 for count in found.values())
 
 
-def test_latents_keep_the_bits_of_the_paper(path: Path) -> None:
-    """58 bits a token, and the schedule's noise at t = 0.5 is the decoder's (method.md, width rule)."""
+def test_latents_keep_the_bits_of_the_paper(path: Path, request: pytest.FixtureRequest) -> None:
+    """58 bits a token (method.md, width rule)."""
     recipe = load_recipe(path)
     if path.stem == "tiny" or not latent_stages(recipe):
         pytest.skip("too small to keep the rule" if path.stem == "tiny" else "trains no latents")
     latents = recipe.model.latents
     per_latent = recipe.data.max_len_tokens / (latents.slots or recipe.data.max_len_tokens / latents.stride)
+    if path.stem in MORE_BITS:
+        reason = "base.yaml has sigma_dec 0.8 by measurement: 87 bits a token if isotropic"
+        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
     noises = {
         name: stage.decoder_noise_std for name, stage in latent_stages(recipe).items() if stage.losses.get("hidden")
     }
@@ -59,7 +64,14 @@ def test_latents_keep_the_bits_of_the_paper(path: Path) -> None:
         if "ablation" in path.parts or "ablations" in path.parts:
             continue
         assert bits == pytest.approx(PAPER_BITS, rel=0.1)
-        assert recipe.diffusion.schedule_scale == pytest.approx(noise, rel=0.1)
+
+
+def test_schedule_moves_with_the_decoder_noise(path: Path) -> None:
+    """The decoder's noise level lies at t = 0.5, as in the paper (d = sigma_dec)."""
+    recipe = load_recipe(path)
+    for stage in latent_stages(recipe).values():
+        if stage.losses.get("hidden") and stage.decoder_noise_std > 0:
+            assert recipe.diffusion.schedule_scale == pytest.approx(stage.decoder_noise_std, rel=0.1)
 
 
 def small_version(path: Path) -> Recipe:

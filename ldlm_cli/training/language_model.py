@@ -20,6 +20,7 @@ from ldlm_cli.runtime import Runtime
 LEAST_IMPROVEMENT = 0.002
 """A held-out loss counts as better when it falls by this share."""
 INIT_STREAM = 1
+EMBEDDING_STD = 0.5
 
 
 def build_language_model(recipe: Recipe, stage: StageRecipe, vocabulary: Vocabulary) -> nn.Module:
@@ -40,7 +41,11 @@ def build_language_model(recipe: Recipe, stage: StageRecipe, vocabulary: Vocabul
         tie_word_embeddings=False,
     )
     torch.manual_seed(seed_at(recipe.seed + stage.seed_offset, INIT_STREAM))
-    return LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
+    # With the library's small start (0.02) blocks drown the embeddings within minutes and hidden states forget which
+    # token they stand for; a frozen encoder must keep that (GPT-2's do). Norms read the residual, so its scale is free.
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=EMBEDDING_STD)
+    return model
 
 
 def next_token_nats(model: nn.Module, token_ids: Tensor, mask: Tensor, prefix_id: int) -> Tensor:
