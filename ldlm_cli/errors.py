@@ -25,5 +25,13 @@ class SnapshotError(UsageError):
     """A run, checkpoint or snapshot is missing, damaged or of another format version."""
 
 
+class StoppedBySignal(LdlmError):
+    """Training was asked to stop; the step was finished and a checkpoint saved. Exit code 130 or 143."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
+
+
 class ShapeError(LdlmError):
     """A tensor has the wrong shape; the message gives the shape expected and the shape got."""

@@ -106,14 +106,11 @@ class Generator:
         if self.fixed:
             return [self.window] * self.options.num
         cumulative = np.cumsum(self.histogram) / self.histogram.sum()
-        return [
-            int(
-                np.searchsorted(
-                    cumulative, float(torch.rand(1, dtype=torch.float64, generator=self.rng(index, LENGTH_STREAM)))
-                )
-            )
+        uniform = [
+            float(torch.rand(1, dtype=torch.float64, generator=self.rng(index, LENGTH_STREAM)))
             for index in range(self.options.num)
         ]
+        return [int(length) for length in np.searchsorted(cumulative, uniform, side="right")]
 
     def rng(self, index: int, stream: int) -> torch.Generator:
         return generator_at(torch.device("cpu"), self.options.seed, stream, index)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -53,6 +55,7 @@ class Runtime:
     def __init__(self, accelerator: Any, precision: str) -> None:
         self.accelerator = accelerator
         self.precision = precision
+        self._signal = 0
 
     @classmethod
     def start(cls, precision: str = "auto") -> Runtime:
@@ -117,6 +120,32 @@ class Runtime:
         from accelerate.utils import gather_object
 
         return gather_object(values)
+
+    @contextmanager
+    def signals_noted(self) -> Iterator[None]:
+        """Within: the first SIGINT or SIGTERM is only noted (see `stop_signal`), a second one stops at once."""
+
+        def note(number: int, frame: object) -> None:
+            self._signal = number
+            for watched in before:
+                signal.signal(watched, signal.default_int_handler if watched == signal.SIGINT else signal.SIG_DFL)
+
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        if threading.current_thread() is threading.main_thread():
+            for number in before:
+                signal.signal(number, note)
+        try:
+            yield
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+
+    def stop_signal(self) -> int:
+        """The signal that any process has noted, 0 for none; the same answer on every process."""
+        if self.num_processes == 1:
+            return self._signal
+        return max(self.gather_objects([self._signal]))
 
     def barrier(self) -> None:
         self.accelerator.wait_for_everyone()

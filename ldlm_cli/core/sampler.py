@@ -150,7 +150,8 @@ def sample_euler(
         score = (alpha * z_self - z) / sigma**2
         rate, dt = float(schedule.beta(t[:1])), float(now - following)
         mean = z + (0.5 * rate * z + rate * score) * dt
-        z = mean + eta * temperature * math.sqrt(rate * dt) * draw_noise()
+        last = index + 2 == len(grid)
+        z = mean if last or eta == 0 else mean + eta * temperature * math.sqrt(rate * dt) * draw_noise()
     return mean
 
 

@@ -219,6 +219,13 @@ class TrainingRecipe(Section):
     keep_checkpoints: int = Field(2, ge=1)
     tensorboard: bool = True
 
+    @model_validator(mode="after")
+    def _saves_after_logs(self) -> TrainingRecipe:
+        # Sums since the last logged step are not saved; a checkpoint between two would change the next logged row.
+        if self.save_every_steps % self.log_every_steps:
+            raise ValueError("save_every_steps must be a multiple of log_every_steps")
+        return self
+
 
 class SamplingRecipe(Section):
     """Defaults of `ldlm sample` and of the texts that `ldlm eval` generates."""

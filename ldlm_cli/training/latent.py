@@ -33,6 +33,7 @@ class LatentTask:
         for name, part in model.parts.items():
             part.requires_grad_(name in stage.trains)
         self.model, self.stage, self.runtime = model, stage, runtime
+        self.train_mode()
         self.parts = nn.ModuleDict({name: model.part(name) for name in stage.trains})
         schedule = build_schedule(recipe.diffusion.schedule, recipe.diffusion.schedule_scale)
         share = recipe.diffusion.self_conditioning_share
@@ -46,6 +47,11 @@ class LatentTask:
         self.counts = {"token": 0, "latent": 0}
         self.moments = Moments(model.latent_width)
         self.last_step = 0
+
+    def train_mode(self) -> None:
+        """Dropout in the parts that train, none in those that only serve."""
+        for name, part in self.model.parts.items():
+            part.train(name in self.stage.trains)
 
     def loss(self, prepared: nn.Module, batch: Batch, rows: list[int], step: int, measure: bool) -> Tensor:
         ids, mask, weight = rows_to_tensors(batch, rows, self.runtime.device)
@@ -161,6 +167,7 @@ def measure_statistics(model: LDLM, order: BatchOrder, runtime: Runtime, *, late
     """
     encoder = model.token_encoder
     assert encoder is not None
+    model.eval()
     moments, seen, step = Moments(model.latent_width if latents else encoder.width), 0, 0
     while seen < STATISTICS_TOKENS and step < order.steps_per_epoch:
         batch = order.batch_at(step)

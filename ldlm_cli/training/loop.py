@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from ldlm_cli.data.batches import Batch, BatchOrder
-from ldlm_cli.errors import LdlmError
+from ldlm_cli.errors import LdlmError, StoppedBySignal
 from ldlm_cli.recipe.schema import StageRecipe, TrainingRecipe
 from ldlm_cli.runtime import Runtime
 from ldlm_cli.training.ema import build_ema
@@ -108,8 +108,14 @@ def run_stage(
                 metrics |= hooks.on_preview(state)
             hooks.on_metrics({**hooks.extra, "step": state.step, **metrics})
             last_log, tokens = time.perf_counter(), 0
-        if due(state.step, training.save_every_steps) and state.step < stage.steps and not state.stopped:
+        stop = runtime.stop_signal()
+        going_on = state.step < stage.steps and not state.stopped
+        if going_on and (stop or due(state.step, training.save_every_steps)):
             hooks.on_save(state)
+        if stop:
+            raise StoppedBySignal(
+                f"stopped after step {state.step}, all saved: the same command goes on from there", stop
+            )
     if state.step:
         task.parts.load_state_dict(state.ema.module.state_dict())
     return state
