@@ -124,7 +124,7 @@ def write_snapshot(
     encoder = model.token_encoder
     assert encoder is not None
     normal = {"latent_mean": model.latent_normalizer.mean, "latent_std": model.latent_normalizer.std}
-    normal |= {"hidden_mean": encoder.normalizer.mean, "hidden_std": encoder.normalizer.std}
+    normal |= {f"hidden_{key}": value for key, value in encoder.normalizer.state_dict().items()}
     save_file(
         {key: value.detach().cpu().contiguous() for key, value in normal.items()}, aside / "normalization.safetensors"
     )
@@ -234,7 +234,8 @@ def load_snapshot(
             own = recipe.token_encoder.source == "trained"
             source = folder / "token_encoder" if own else recipe.token_encoder.source
             encoder = build_token_encoder(recipe.token_encoder, source, vocabulary.prefix_id, vocabulary.size)
-            encoder.normalizer.set_statistics(normal["hidden_mean"], normal["hidden_std"])
+            own_statistics = {key[7:]: value for key, value in normal.items() if key.startswith("hidden_")}
+            encoder.normalizer.load_state_dict(own_statistics)
         model = LDLM(built, encoder, recipe)
         model.latent_normalizer.set_statistics(normal["latent_mean"], normal["latent_std"])
         histogram = np.asarray(config["length_histogram"], dtype=np.int64)

@@ -268,7 +268,6 @@ def test_sequential_plan_standardises_and_resumes(sequential: dict[str, Any], tm
     assert metrics[("denoiser", 8)]["z_std"] == pytest.approx(1, abs=0.3)
 
 
-@pytest.mark.xfail(strict=True, reason="run_latent writes a snapshot after every latent stage, not after the last")
 def test_a_plan_that_is_not_finished_leaves_no_snapshot(
     sequential: dict[str, Any], tmp_path: Path, runtime: Runtime
 ) -> None:

@@ -8,16 +8,19 @@ import torch
 from torch import Tensor, nn
 
 MIN_STD = 1e-4
+WHITENING_FLOOR = 0.1
 
 
 class Normalizer(nn.Module):
     """(x - mean) / std per dimension, clipped; mean 0 and std 1 until `set_statistics` is called."""
 
-    def __init__(self, width: int, clip_std: float = math.inf) -> None:
+    def __init__(self, width: int, clip_std: float = math.inf, whiten: bool = False) -> None:
         super().__init__()
         self.clip_std = clip_std
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("std", torch.ones(width))
+        self.register_buffer("whitening", torch.eye(width) if whiten else None)
+        self.whitening: Tensor | None
         self.mean: Tensor
         self.std: Tensor
 
@@ -29,11 +32,27 @@ class Normalizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Standardise x [..., width]."""
         x = (x - self.mean) / self.std
+        if self.whitening is not None:
+            x = x.float() @ self.whitening
         return x if math.isinf(self.clip_std) else x.clamp(-self.clip_std, self.clip_std)
 
     def invert(self, x: Tensor) -> Tensor:
         """Undo the standardisation exactly (where nothing was clipped)."""
         return x * self.std + self.mean
+
+
+def whitening_matrix(covariance: Tensor, std: Tensor, floor: float = WHITENING_FLOOR) -> Tensor:
+    """Symmetric matrix that levels the spectrum of standardised rows: (C + floor I)^(-1/2), scaled to unit mean variance.
+
+    C is the correlation matrix (covariance [W, W] over the outer product of std [W]); directions far below the floor,
+    which hold noise rather than words, are not blown up.
+    """
+    correlation = covariance / torch.outer(std, std).clamp(min=MIN_STD**2)
+    values, vectors = torch.linalg.eigh(correlation)
+    values = values.clamp(min=0)
+    gains = (values + floor).rsqrt()
+    gains = gains / (gains.square() * values).mean().sqrt()
+    return (vectors * gains) @ vectors.T
 
 
 class Moments:

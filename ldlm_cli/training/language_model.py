@@ -20,7 +20,7 @@ from ldlm_cli.runtime import Runtime
 LEAST_IMPROVEMENT = 0.002
 """A held-out loss counts as better when it falls by this share."""
 INIT_STREAM = 1
-EMBEDDING_STD = 0.5
+EMBEDDING_STD = 1.0
 
 
 def build_language_model(recipe: Recipe, stage: StageRecipe, vocabulary: Vocabulary) -> nn.Module:
