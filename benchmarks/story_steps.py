@@ -60,9 +60,7 @@ def main() -> None:
     training = TrainingDocuments(tokens.split("train"))
 
     def row(name: str, texts: TextSet, seconds: float | None) -> dict[str, Any]:
-        measured = measure_texts(
-            texts, judge=judge, vocabulary=tokens.vocabulary, training=training, stories=True
-        )
+        measured = measure_texts(texts, judge=judge, vocabulary=tokens.vocabulary, training=training, stories=True)
         return {"row": name, **{key: measured[key] for key in COLUMNS}, "seconds": seconds}
 
     rows = []

@@ -9,7 +9,7 @@ from builders import CPU, TOWERS, VOCAB, draws_of, model_recipe, random_batch, t
 
 from ldlm_cli.core.draws import draw_rows, seed_at
 from ldlm_cli.core.model import LDLM, PARTS, build_parts, parameters_by_part
-from ldlm_cli.core.normalizer import Moments, Normalizer, latent_state
+from ldlm_cli.core.normalizer import Moments, Normalizer, latent_state, whitening_matrix
 from ldlm_cli.core.objective import LatentObjective
 from ldlm_cli.core.schedule import TangentSchedule
 from ldlm_cli.errors import SnapshotError, UsageError
@@ -123,6 +123,20 @@ def test_standardisation_clips() -> None:
     normalizer.set_statistics(torch.tensor([1.0, 0.0]), torch.tensor([2.0, 1.0]))
     found = normalizer(torch.tensor([[1000.0, -3.0], [-1000.0, 11.0]]))
     assert found.tolist() == [[10.0, -3.0], [-10.0, 10.0]]
+
+
+def test_whitening_levels_what_lies_above_the_floor() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(12, 12, generator=generator, dtype=torch.float64)
+    rows = torch.randn(20_000, 12, generator=generator, dtype=torch.float64) @ mixing + 3
+    covariance, std = torch.cov(rows.T), rows.std(0)
+    matrix = whitening_matrix(covariance, std, floor=0.0)
+    leveled = torch.cov((((rows - rows.mean(0)) / std) @ matrix).T)
+    torch.testing.assert_close(leveled, torch.eye(12, dtype=torch.float64), atol=1e-6, rtol=0)
+    floored = whitening_matrix(covariance, std, floor=0.1)
+    variances = torch.linalg.eigvalsh(torch.cov((((rows - rows.mean(0)) / std) @ floored).T))
+    assert float(variances.mean()) == pytest.approx(1, abs=1e-6)
+    assert float(variances.max() / variances.min()) < float(torch.linalg.cond(covariance))
 
 
 def test_latent_state_of_a_known_covariance() -> None:

@@ -42,7 +42,7 @@ class Normalizer(nn.Module):
 
 
 def whitening_matrix(covariance: Tensor, std: Tensor, floor: float = WHITENING_FLOOR) -> Tensor:
-    """Symmetric matrix that levels the spectrum of standardised rows: (C + floor I)^(-1/2), scaled to unit mean variance.
+    """Symmetric matrix that levels the spectrum of standardised rows: (C + floor I)^(-1/2), to unit mean variance.
 
     C is the correlation matrix (covariance [W, W] over the outer product of std [W]); directions far below the floor,
     which hold noise rather than words, are not blown up.

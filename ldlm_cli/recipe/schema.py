@@ -68,8 +68,8 @@ class TokenEncoderRecipe(Section):
     vocab_size: int | None = Field(None, ge=1)
     """Width, blocks, heads, vocabulary: built so when trained, demanded when loaded (vocabulary: null accepts any)."""
     whiten: bool = False
-    """Also level the spectrum of the standardised states. Small language models put most variance into few directions and
-    little into which name or object a token is; levelled, the hidden loss asks for both."""
+    """Also level the spectrum of the standardised states. Small language models put most variance into few
+    directions and little into which name or object a token is; levelled, the hidden loss asks for both."""
     clip_std: float = Field(10.0, gt=0)
     """Standardised hidden states are clipped at this many standard deviations."""
 
