@@ -113,9 +113,15 @@ def write_snapshot(
     length_histogram: NDArray[np.int64],
     probabilities: NDArray[np.float64] | None,
     facts: dict[str, Any],
+    folder: Path | None = None,
 ) -> Path:
-    """Write `snapshot/`: one safetensors file a part, normalisation, vocabulary, config; an older one is replaced."""
-    folder, aside = run / "snapshot", run / ".snapshot.tmp"
+    """Write a snapshot: one safetensors file a part, normalisation, vocabulary, config; an older one is replaced.
+
+    Args:
+        folder: where, in the run; `snapshot/` if None. It appears whole or not at all.
+    """
+    folder = folder or run / "snapshot"
+    aside = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     for name, part in model.parts.items():
@@ -202,8 +208,20 @@ def find_run(run: str | None, runs: Path = Path("runs")) -> Path:
     return max(found, key=lambda path: (path / "snapshot" / "config.json").stat().st_mtime)
 
 
+def snapshots_along(run: Path) -> list[Path]:
+    """Complete snapshots that a run kept on its way (`training.snapshot_every_steps`), in the order of training."""
+    folders = [path for path in (run / "snapshots").glob("[!.]*") if (path / "config.json").is_file()]
+    configs = {path: json.loads((path / "config.json").read_text(encoding="utf-8")) for path in folders}
+    return sorted(folders, key=lambda path: (len(configs[path]["compute"]["stages"]), configs[path]["step"]))
+
+
 def load_snapshot(
-    run: Path, parts: Collection[str] | None = None, device: torch.device | str = "cpu", *, token_encoder: bool = True
+    run: Path,
+    parts: Collection[str] | None = None,
+    device: torch.device | str = "cpu",
+    *,
+    token_encoder: bool = True,
+    folder: Path | None = None,
 ) -> Snapshot:
     """Open a run's snapshot in evaluation mode.
 
@@ -211,10 +229,11 @@ def load_snapshot(
         run: run folder.
         parts: trained parts to load; None for all. Sampling needs denoiser, latent_decoder and token_decoder only.
         token_encoder: also load the frozen LM (not needed for sampling).
+        folder: one of `snapshots_along`; the final `snapshot/` if None.
     Raises:
         SnapshotError: missing, damaged, or of another format version.
     """
-    folder = run / "snapshot"
+    folder = folder or run / "snapshot"
     names = tuple(PARTS if parts is None else parts)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -9,19 +9,21 @@ import numpy as np
 import pytest
 import torch
 
-from ldlm_cli.checkpoint import write_snapshot
+from ldlm_cli.checkpoint import load_snapshot, write_snapshot
 from ldlm_cli.core.model import LDLM, build_parts
 from ldlm_cli.core.token_encoder import build_token_encoder
-from ldlm_cli.data.batches import length_histogram
+from ldlm_cli.data.batches import Batch, length_histogram
 from ldlm_cli.data.shards import TokenFolder, TokenSplit, prepare_tokens
 from ldlm_cli.errors import SnapshotError, UsageError
 from ldlm_cli.evaluation import controls
 from ldlm_cli.evaluation.evaluate import evaluate, sampling_options
 from ldlm_cli.evaluation.generation import TextSet, TrainingDocuments, matching_texts, measure_texts, memorised
 from ldlm_cli.evaluation.judge import Judge
+from ldlm_cli.evaluation.own_estimates import measure_latent_state, measure_own_estimates, training_length_windows
 from ldlm_cli.evaluation.reconstruction import (
     accuracies,
     fidelity_verdict,
+    predict,
     reconstruction_lengths,
     trained_decoder_noise,
 )
@@ -110,7 +112,8 @@ def split_of(documents: list[list[int]]) -> TokenSplit:
 
 def test_the_report_has_the_promised_sections_and_files(run: Path, runtime: Runtime, tokens: TokenFolder) -> None:
     report = run_evaluation(run, runtime, max_len=300)
-    assert list(report) == ["identity", "reconstruction", "generation", "controls"]
+    sections = ["identity", "reconstruction", "own_estimates", "latent_state", "generation", "controls"]
+    assert list(report) == sections
     assert json.loads((run / "eval" / "report.json").read_text()) == report
     assert {path.name for path in (run / "eval" / "plots").iterdir()} == {"reconstruction.png", "perplexity.png"}
     assert not list((run / "eval").glob("*.part"))
@@ -251,6 +254,49 @@ def test_decoder_noise_is_that_of_the_stage_that_trained_the_decoder() -> None:
     recipe = Recipe.model_validate({"stages": stages, "plans": {"sequential": list(stages)}})
     assert trained_decoder_noise(recipe, list(stages)) == 0.7
     assert trained_decoder_noise(recipe, ["judge"]) == 0.0
+
+
+# ---------------------------------------------------------------------- own estimates, latents
+
+
+class Believer(torch.nn.Module):
+    """A denoiser that takes noised latents for clean ones; right at t = 0."""
+
+    def forward(self, z_t: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        return z_t
+
+
+@pytest.mark.parametrize("standardised", [False, True])
+def test_own_estimates_at_time_0_are_reconstruction(
+    run: Path, runtime: Runtime, tokens: TokenFolder, standardised: bool
+) -> None:
+    snapshot = load_snapshot(run)
+    if standardised:
+        snapshot.model.latent_normalizer.set_statistics(torch.linspace(-1, 1, 16), torch.linspace(0.5, 2, 16))
+    batch, _ = training_length_windows(snapshot, tokens.split("test"))
+    for _ in range(3):  # an untrained decoder knows few tokens: texts made of these it can partly read
+        batch = Batch(predict(snapshot, batch.token_ids, batch.mask, 0.0, runtime), batch.mask)
+    rebuilt = predict(snapshot, batch.token_ids, batch.mask, 0.0, runtime)
+    expected = accuracies(batch.token_ids, rebuilt, batch.mask, frozenset())["accuracy"]
+    snapshot.model.parts["denoiser"] = Believer()
+    found = measure_own_estimates(snapshot, batch, runtime=runtime, times=(0.0, 1e-9, 0.9))
+    assert 0 < found["clean"] == expected
+    assert [(row["first"], row["second"]) for row in found["rows"][:2]] == [(expected, expected)] * 2
+    assert found["rows"][2]["first"] != expected
+    assert math.isinf(found["rows"][0]["log_snr"])
+
+
+def test_the_latent_state_is_on_the_encoders_own_scale(run: Path, runtime: Runtime, tokens: TokenFolder) -> None:
+    snapshot = load_snapshot(run)
+    batch, _ = training_length_windows(snapshot, tokens.split("test"))
+    plain, eigenvalues = measure_latent_state(snapshot, batch, runtime=runtime, noise_std=0.5)
+    assert plain["bits"] == pytest.approx(float(0.5 * torch.log2(1 + eigenvalues / 0.25).sum()))
+    assert plain["z_std"] == pytest.approx(float(eigenvalues.mean().sqrt()))
+    assert "standardised" not in plain
+    snapshot.model.latent_normalizer.set_statistics(torch.ones(16), torch.full((16,), 2.0))
+    scaled, _ = measure_latent_state(snapshot, batch, runtime=runtime, noise_std=0.5)
+    assert scaled["z_std"] == pytest.approx(plain["z_std"], rel=1e-4)
+    assert scaled["standardised"]["z_std"] == pytest.approx(plain["z_std"] / 2, rel=1e-4)
 
 
 # ---------------------------------------------------------------------- texts

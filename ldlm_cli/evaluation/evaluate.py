@@ -26,7 +26,13 @@ from ldlm_cli.evaluation.generation import (
     measure_texts,
 )
 from ldlm_cli.evaluation.judge import Judge
-from ldlm_cli.evaluation.reconstruction import measure_reconstruction, reconstruction_lengths
+from ldlm_cli.evaluation.own_estimates import (
+    DEFINITION,
+    measure_latent_state,
+    measure_own_estimates,
+    training_length_windows,
+)
+from ldlm_cli.evaluation.reconstruction import measure_reconstruction, reconstruction_lengths, trained_decoder_noise
 from ldlm_cli.generate import GeneratedText, SamplingOptions, generate_texts
 from ldlm_cli.recipe.schema import Recipe
 from ldlm_cli.runtime import Runtime
@@ -95,6 +101,13 @@ def evaluate(
         plan_stages=trained_stages(snapshot),
         on_progress=on_progress,
     )
+    on_progress("Decoding the denoiser's own estimates")
+    batch, kind = training_length_windows(snapshot, tokens.split("test"))
+    about = {"length": recipe.data.max_len_tokens, "kind": kind}
+    estimates = measure_own_estimates(snapshot, batch, runtime=runtime, seed=options.seed)
+    report["own_estimates"] = about | estimates
+    noise_std = trained_decoder_noise(recipe, trained_stages(snapshot))
+    report["latent_state"] = about | measure_latent_state(snapshot, batch, runtime=runtime, noise_std=noise_std)[0]
     report |= text_sections(
         generated, recipe=recipe, tokens=tokens, judge=opened, seed=options.seed, on_progress=on_progress
     )
@@ -218,6 +231,7 @@ def identity_section(
             "generative_perplexity": metrics.PERPLEXITY_DEFINITION,
             "trimmed_mean_perplexity": metrics.TRIMMED_PERPLEXITY_DEFINITION,
             "memorised_share": MEMORISED_DEFINITION,
+            "own_estimates": DEFINITION,
         },
     }
 

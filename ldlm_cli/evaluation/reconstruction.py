@@ -100,7 +100,7 @@ def _measure_length(
 ) -> dict[str, Any]:
     count = max(1, snapshot.recipe.evaluation.tokens_per_length // length)
     batch, kind = held_out_windows(split, length, count, snapshot.vocabulary.pad_id)
-    clean = _predict(snapshot, batch.token_ids, batch.mask, 0.0, runtime)
+    clean = predict(snapshot, batch.token_ids, batch.mask, 0.0, runtime)
     measured = {
         "kind": kind,
         "num_texts": len(batch.token_ids),
@@ -108,14 +108,15 @@ def _measure_length(
         "clean": accuracies(batch.token_ids, clean, batch.mask, snapshot.vocabulary.special_ids),
     }
     if noise_std > 0:
-        noisy = _predict(snapshot, batch.token_ids, batch.mask, noise_std, runtime)
+        noisy = predict(snapshot, batch.token_ids, batch.mask, noise_std, runtime)
         measured["noised"] = accuracies(batch.token_ids, noisy, batch.mask, snapshot.vocabulary.special_ids)
     return measured
 
 
-def _predict(
+def predict(
     snapshot: Snapshot, token_ids: np.ndarray, mask: np.ndarray, noise_std: float, runtime: Runtime
 ) -> np.ndarray:
+    """Reconstructed ids [B, N] of texts [B, N], with noise of that std on the decoder's input."""
     rows = max(1, BATCH_TOKENS // token_ids.shape[1])
     parts = []
     for start in range(0, len(token_ids), rows):

@@ -220,6 +220,8 @@ class TrainingRecipe(Section):
     """Decode a preview text this often; 0 never."""
     save_every_steps: int = Field(500, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
+    snapshot_every_steps: int = Field(0, ge=0)
+    """Also keep a snapshot this often in latent stages, as snapshots/<stage>-<step>; 0 only at the end."""
     tensorboard: bool = True
 
     @model_validator(mode="after")

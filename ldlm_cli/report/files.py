@@ -29,6 +29,13 @@ COLUMNS = {
     "valid_stories": "valid stories",
 }
 
+LATENT_STATE = {
+    "z_std": "centred std",
+    "effective_rank": "effective rank",
+    "bits": "bits through decoder noise",
+    "decoder_noise_std": "decoder noise std",
+}
+
 
 def write_evaluation(report: dict[str, Any], folder: Path) -> None:
     """Write report.json, report.md and plots/*.png into a folder, which is made if it is missing.
@@ -55,6 +62,10 @@ def report_markdown(report: dict[str, Any]) -> str:
         lines += _generation_lines(report["generation"], report["controls"])
     if "reconstruction" in report:
         lines += _reconstruction_lines(report["reconstruction"])
+    if "own_estimates" in report:
+        lines += _own_estimates_lines(report["own_estimates"])
+    if "latent_state" in report:
+        lines += _latent_state_lines(report["latent_state"])
     lines += ["## Circumstances", "", "```json", json.dumps(_finite(report["identity"]), indent=2), "```", ""]
     return "\n".join(lines)
 
@@ -108,6 +119,33 @@ def _reconstruction_lines(section: dict[str, Any]) -> list[str]:
         ]
         rows.append([name, f"{row['num_texts']} {row['kind']}", *map(_number, values)])
     return ["## Reconstruction", "", section["verdict"], "", *_table(header, rows), ""]
+
+
+def _own_estimates_lines(section: dict[str, Any]) -> list[str]:
+    header = ["t", "log SNR", "accuracy, no self-conditioning", "accuracy, one self-conditioning pass"]
+    rows = [[_number(row[key]) for key in ("t", "log_snr", "first", "second")] for row in section["rows"]]
+    return [
+        "## Decoder on the denoiser's own estimates",
+        "",
+        f"Held-out texts of {section['length']} tokens ({section['num_texts']} {section['kind']}) noised to time t; "
+        f"their encoded latents themselves are read with accuracy {_number(section['clean'])}.",
+        "",
+        *_table(header, rows),
+        "",
+    ]
+
+
+def _latent_state_lines(section: dict[str, Any]) -> list[str]:
+    rows = [
+        [title, *(_number(row.get(key)) for key in LATENT_STATE)] for title, row in latent_state_rows(section).items()
+    ]
+    return ["## Latents of held-out texts", "", *_table(["", *LATENT_STATE.values()], rows), ""]
+
+
+def latent_state_rows(section: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The rows of a table of the section `latent_state`: the encoder's own scale, and what the denoiser sees."""
+    rows = {"as encoded": section}
+    return rows | {"standardised for the denoiser": section["standardised"]} if "standardised" in section else rows
 
 
 def _table(header: list[str], rows: list[list[str]]) -> list[str]:

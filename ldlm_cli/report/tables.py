@@ -12,7 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ldlm_cli.report.files import COLUMNS, ROW_NAMES
+from ldlm_cli.report.files import COLUMNS, LATENT_STATE, ROW_NAMES, latent_state_rows
+
+SHOWN_SECTIONS = {"identity", "generation", "controls", "reconstruction", "own_estimates", "latent_state"}
 
 
 def stdout_console() -> Console:
@@ -113,8 +115,17 @@ def print_report(report: Mapping[str, Any]) -> None:
             console.print(Text(f"The judge's own held-out nats per token: {number(nats)} ({where})."))
     if "reconstruction" in report:
         _print_reconstruction(report["reconstruction"])
+    if "own_estimates" in report:
+        section = report["own_estimates"]
+        table = [tuple(row[key] for key in ("t", "log_snr", "first", "second")) for row in section["rows"]]
+        title = f"decoder on the denoiser's own estimates, {section['num_texts']} held-out texts"
+        header = ("t", "log SNR", "accuracy, no self-conditioning", "accuracy, one self-conditioning pass")
+        print_table(title, header, table)
+    if "latent_state" in report:
+        table = [(name, *map(row.get, LATENT_STATE)) for name, row in latent_state_rows(report["latent_state"]).items()]
+        print_table("latents of held-out texts", ("", *LATENT_STATE.values()), table)
     # Sections that this version of the terminal report has no table for are not hidden.
-    for name in report.keys() - {"identity", "generation", "controls", "reconstruction"}:
+    for name in report.keys() - SHOWN_SECTIONS:
         section = report[name]
         plain = {key: value for key, value in section.items() if not isinstance(value, dict | list)}
         print_facts(name, plain or {"": "see eval/report.json"})

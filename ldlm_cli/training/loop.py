@@ -49,15 +49,18 @@ class StageState:
     ema: AveragedModel
     step: int = 0
     stopped: bool = False
+    seconds: float = 0.0
+    """Wall clock of the steps so far, logging, previews and saving included; what a stopped run repeats counts once."""
 
 
 @dataclass(frozen=True)
 class Hooks:
-    """What the caller wants to hear; main process only, except `on_save`, which every process enters."""
+    """What the caller wants to hear; main process only, but every process enters `on_save` and `on_snapshot`."""
 
     on_metrics: Callable[[dict[str, Any]], None] = lambda metrics: None
     on_preview: Callable[[StageState], dict[str, Any]] | None = None
     on_save: Callable[[StageState], None] = lambda state: None
+    on_snapshot: Callable[[StageState], None] = lambda state: None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -77,6 +80,7 @@ def run_stage(
     task = state.task
     prepared = runtime.accelerator.prepare_model(task.module)
     last_log, tokens, norms = time.perf_counter(), 0, {}
+    clock = last_log
     while state.step < stage.steps and not state.stopped:
         step = state.step
         measure = (step + 1) % training.log_every_steps == 0 or step + 1 == stage.steps
@@ -108,8 +112,12 @@ def run_stage(
                 metrics |= hooks.on_preview(state)
             hooks.on_metrics({**hooks.extra, "step": state.step, **metrics})
             last_log, tokens = time.perf_counter(), 0
+        clock, before = time.perf_counter(), clock
+        state.seconds += clock - before
         stop = runtime.stop_signal()
         going_on = state.step < stage.steps and not state.stopped
+        if going_on and due(state.step, training.snapshot_every_steps):
+            hooks.on_snapshot(state)
         if going_on and (stop or due(state.step, training.save_every_steps)):
             hooks.on_save(state)
         if stop:

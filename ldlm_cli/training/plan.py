@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ldlm_cli.core.model import parameters_by_part
 from ldlm_cli.core.schedule import latent_bits
 from ldlm_cli.errors import RecipeError
-from ldlm_cli.recipe.schema import Recipe, StageRecipe
+from ldlm_cli.recipe.schema import JudgeRecipe, Recipe, StageRecipe, TokenEncoderRecipe
 from ldlm_cli.runtime import matmul_flops
 
 BYTES = 4  # weights, gradients, AdamW's two moments and the average are all float32
@@ -39,9 +39,9 @@ def plan_report(recipe: Recipe, plan: str) -> dict[str, Any]:
     if vocab_size is None:
         raise RecipeError("state token_encoder.vocab_size to plan without loading the token encoder")
     parts = parameters_by_part(recipe, vocab_size)
-    frozen = _language_model_parameters(recipe, vocab_size)
+    frozen = language_model_parameters(recipe.token_encoder, vocab_size)
     trained = sum(parts.values())
-    rows = [_stage_row(recipe, name, stage, parts, frozen) for name, stage in stages]
+    rows = [_stage_row(recipe, name, stage, parts, vocab_size) for name, stage in stages]
     latent = [stage for _, stage in stages if stage.kind == "latent"]
     speed = matmul_flops()
     return {
@@ -61,22 +61,42 @@ def plan_report(recipe: Recipe, plan: str) -> dict[str, Any]:
     }
 
 
-def _language_model_parameters(recipe: Recipe, vocab_size: int) -> int:
+def language_model_parameters(shape: TokenEncoderRecipe | JudgeRecipe, vocab_size: int) -> int:
     """About 12 H^2 a block plus the embedding table."""
-    encoder = recipe.token_encoder
-    return 12 * encoder.width**2 * encoder.layers + vocab_size * encoder.width
+    return 12 * shape.width**2 * shape.layers + vocab_size * shape.width
 
 
-def _stage_row(recipe: Recipe, name: str, stage: StageRecipe, parts: dict[str, int], frozen: int) -> dict[str, Any]:
-    """6 FLOPs a parameter and token trained, 2 where only the forward pass runs."""
+class Flops(NamedTuple):
+    """FLOPs a token of training: of everything that runs, and of these the denoiser's."""
+
+    total: float
+    denoiser: float
+
+
+def flops_per_token(recipe: Recipe, stage: StageRecipe, parts: dict[str, int], vocab_size: int) -> Flops:
+    """6 FLOPs a parameter and token where a part trains, 2 where only its forward pass runs; attention is left out.
+
+    Args:
+        parts: parameters by trained part.
+        vocab_size: entries of the vocabulary.
+    """
     if stage.kind == "language_model":
-        per_token: float = 6 * frozen
-    else:
-        self_conditioned = 2 * parts["denoiser"] * recipe.diffusion.self_conditioning_share
-        per_token = 6 * sum(parts[part] for part in stage.trains) + 2 * frozen
-        per_token += self_conditioned if stage.losses.get("diffusion", 0) > 0 else 0
+        shape = recipe.judge if stage.role == "judge" else recipe.token_encoder
+        return Flops(6.0 * language_model_parameters(shape, vocab_size), 0.0)
+    decodes = stage.losses.get("hidden", 0) > 0 or stage.losses.get("token", 0) > 0
+    diffuses = stage.losses.get("diffusion", 0) > 0
+    runs = {"latent_encoder": True, "denoiser": diffuses, "latent_decoder": decodes, "token_decoder": decodes}
+    costs = {name: (6 if name in stage.trains else 2) * count * runs[name] for name, count in parts.items()}
+    # The estimate that a text sees of itself costs one more forward pass.
+    denoiser = costs["denoiser"] + 2 * parts["denoiser"] * recipe.diffusion.self_conditioning_share * diffuses
+    others = sum(cost for name, cost in costs.items() if name != "denoiser")
+    return Flops(others + denoiser + 2 * language_model_parameters(recipe.token_encoder, vocab_size), denoiser)
+
+
+def _stage_row(recipe: Recipe, name: str, stage: StageRecipe, parts: dict[str, int], vocab_size: int) -> dict[str, Any]:
     tokens = stage.steps * stage.batch_tokens
-    return {"name": name, "kind": stage.kind, "steps": stage.steps, "tokens": tokens, "flops": per_token * tokens}
+    flops = flops_per_token(recipe, stage, parts, vocab_size).total * tokens
+    return {"name": name, "kind": stage.kind, "steps": stage.steps, "tokens": tokens, "flops": flops}
 
 
 def _memory(recipe: Recipe, trained: int, frozen: int, stages: list[tuple[str, StageRecipe]]) -> dict[str, int]:

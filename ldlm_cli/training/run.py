@@ -56,6 +56,8 @@ def run_recipe(
     checkpoints = list_checkpoints(folder)
     resumed = load_checkpoint(checkpoints[-1]) if checkpoints else None
     first, step = (int(resumed[2]["stage"]), int(resumed[2]["step"])) if resumed else (0, 0)
+    if resumed is not None:
+        run.spent = list(resumed[2].get("spent", []))
     names = [name for name, _ in stages]
     if runtime.is_main:
         run.log = MetricsLog(

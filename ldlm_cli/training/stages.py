@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -20,6 +20,7 @@ from ldlm_cli.errors import RecipeError
 from ldlm_cli.generate import Generator, SamplingOptions
 from ldlm_cli.recipe.schema import Recipe, StageRecipe
 from ldlm_cli.runtime import Runtime
+from ldlm_cli.training.compute import stage_compute, total_compute
 from ldlm_cli.training.language_model import LanguageModelTask, build_language_model, save_language_model
 from ldlm_cli.training.latent import LatentTask, init_seed, latent_alarm, measure_statistics
 from ldlm_cli.training.loop import Hooks, StageState, run_stage, start_stage
@@ -57,6 +58,12 @@ class Run:
     reporter: Reporter
     log: Callable[[dict[str, Any]], None]
     model: LDLM | None = None
+    spent: list[dict[str, Any]] = field(default_factory=list)
+    """Compute of the finished stages, see training.compute."""
+
+    def compute(self, name: str, stage: StageRecipe, state: StageState) -> dict[str, Any]:
+        """Compute of the stage under way."""
+        return stage_compute(self.recipe, name, stage, self.tokens.vocabulary.size, state.step, state.seconds)
 
     def say(self, call: Callable[[], None]) -> None:
         if self.runtime.is_main:
@@ -103,8 +110,10 @@ def run_language_model(run: Run, index: int, name: str, stage: StageRecipe, resu
             "held_out_nats_per_token": nats,
             "context_tokens": data.context_tokens,
             "data_fingerprint": run.tokens.fingerprint,
+            "compute": run.compute(name, stage, state),
         }
         save_language_model(run.folder / stage.role, model, vocabulary, facts)
+    run.spent.append(run.compute(name, stage, state))
     finish_stage(run, index)
 
 
@@ -130,10 +139,7 @@ def run_latent(run: Run, index: int, name: str, stage: StageRecipe, resumed: tup
 
     def preview(state: StageState) -> dict[str, Any]:
         options = SamplingOptions(num=PREVIEW_TEXTS, steps=PREVIEW_STEPS, batch_size=PREVIEW_TEXTS)
-        newest = dict(model.parts.items()) | dict(cast(torch.nn.Module, state.ema.module).named_children())
-        averaged = LDLM(newest, None, run.recipe)
-        averaged.latent_normalizer.load_state_dict(model.latent_normalizer.state_dict())
-        averaged.eval().to(run.runtime.device)
+        averaged = averaged_model(run.recipe, model, state).eval()
         generator = Generator(averaged, run.recipe, run.tokens.vocabulary, histogram, None, options, run.runtime)
         texts = generator.batch(list(range(PREVIEW_TEXTS)), generator.lengths(), None)
         task.train_mode()
@@ -142,13 +148,37 @@ def run_latent(run: Run, index: int, name: str, stage: StageRecipe, resumed: tup
 
     can_sample = all(part in model.parts for part in ("denoiser", "latent_decoder", "token_decoder"))
     show = preview if can_sample and task.has_diffusion else None
-    train(run, index, name, stage, task, window, resumed, total, kept, order, show)
+
+    def snapshot(state: StageState, folder: Path) -> None:
+        probabilities = task.times.probabilities if task.has_diffusion and task.times.refreshes else None
+        facts = {
+            "plan": run.plan,
+            "stage": name,
+            "step": state.step,
+            "data_fingerprint": run.tokens.fingerprint,
+            "compute": total_compute([*run.spent, run.compute(name, stage, state)]),
+        }
+        averaged = averaged_model(run.recipe, model, state)
+        write_snapshot(run.folder, run.recipe, averaged, run.tokens.vocabulary, histogram, probabilities, facts, folder)
+
+    def snapshot_along(state: StageState) -> None:
+        run.say(lambda: snapshot(state, run.folder / "snapshots" / f"{name}-{state.step:08d}"))
+        run.runtime.barrier()
+
+    state = train(run, index, name, stage, task, window, resumed, total, kept, order, show, snapshot_along)
     later = [other for _, other in plan_stages(run.recipe, run.plan)[index + 1 :]]
     if run.runtime.is_main and not any(other.kind == "latent" for other in later):
-        probabilities = task.times.probabilities if task.has_diffusion and task.times.refreshes else None
-        facts = {"plan": run.plan, "stage": name, "data_fingerprint": run.tokens.fingerprint}
-        write_snapshot(run.folder, run.recipe, model, run.tokens.vocabulary, histogram, probabilities, facts)
+        snapshot(state, run.folder / "snapshot")
+    run.spent.append(run.compute(name, stage, state))
     finish_stage(run, index)
+
+
+def averaged_model(recipe: Recipe, model: LDLM, state: StageState) -> LDLM:
+    """The model as it would be used now: averaged weights of the parts that train, the others as they are."""
+    newest = dict(model.parts.items()) | dict(cast(torch.nn.Module, state.ema.module).named_children())
+    averaged = LDLM(newest, model.token_encoder, recipe)
+    averaged.latent_normalizer.load_state_dict(model.latent_normalizer.state_dict())
+    return averaged.to(next(model.parameters()).device)
 
 
 def build_model(run: Run) -> LDLM:
@@ -193,6 +223,7 @@ def train(
     kept: dict[str, torch.nn.Module],
     order: BatchOrder | None = None,
     preview: Callable[[StageState], dict[str, Any]] | None = None,
+    on_snapshot: Callable[[StageState], None] = lambda state: None,
 ) -> StageState:
     """Run one stage's loop from its start or from the checkpoint `resumed`."""
     state = start_stage(task, stage)
@@ -202,7 +233,7 @@ def train(
         load_module_tensors({"ema": state.ema}, tensors)
         state.optimizer.load_state_dict(optimizer)
         task.load_state_dict(saved["task"])
-        state.step = int(saved["step"])
+        state.step, state.seconds = int(saved["step"]), float(saved.get("seconds", 0.0))
 
     def on_metrics(metrics: dict[str, Any]) -> None:
         if not run.runtime.is_main:
@@ -215,6 +246,7 @@ def train(
 
     def on_save(state: StageState) -> None:
         saved = {"stage": index, "step": state.step, "task": task.state_dict()}
+        saved |= {"seconds": state.seconds, "spent": run.spent}
         if run.runtime.is_main:
             tensors = module_tensors(kept) | module_tensors({"ema": state.ema})
             name = checkpoint_name(index, state.step)
@@ -225,7 +257,7 @@ def train(
 
     run.say(lambda: run.reporter.stage_started(name, index, total, stage.steps, state.step))
     started = time.perf_counter()
-    hooks = Hooks(on_metrics, preview, on_save, {"stage": name})
+    hooks = Hooks(on_metrics, preview, on_save, on_snapshot, {"stage": name})
     order = order or batch_order(run, stage, index, window)
     run_stage(state, stage, run.recipe.training, order, run.runtime, hooks)
     run.say(lambda: run.reporter.stage_finished(name, time.perf_counter() - started))
@@ -236,7 +268,7 @@ def finish_stage(run: Run, index: int) -> None:
     """Mark a stage as done: a checkpoint at step 0 of the next one, with the latent model if there is one by now."""
     if run.runtime.is_main:
         tensors = module_tensors(latent_modules(run.model)) if run.model else {}
-        state = {"stage": index + 1, "step": 0, "task": {}}
+        state = {"stage": index + 1, "step": 0, "task": {}, "spent": run.spent}
         keep = run.recipe.training.keep_checkpoints
         save_checkpoint(run.folder, checkpoint_name(index + 1, 0), tensors, None, state, keep)
     run.runtime.barrier()
