@@ -82,7 +82,7 @@ def evaluate(
     opened = Judge.open(
         judge or recipe.judge.source, run=run, recipe=recipe, device=runtime.device, precision=runtime.precision
     )
-    tokens = _open_data(snapshot, runtime, on_progress)
+    tokens = open_data(run, recipe, snapshot.manifest["data_fingerprint"], runtime, on_progress)
     on_progress(f"Generating {options.num} texts in {options.steps} steps")
     generated = generate_texts(
         snapshot,
@@ -236,18 +236,24 @@ def identity_section(
     }
 
 
-def _open_data(snapshot: Snapshot, runtime: Runtime, on_progress: Callable[[str], None]) -> TokenFolder:
-    recipe = snapshot.recipe
+def open_data(
+    run: Path, recipe: Recipe, fingerprint: str, runtime: Runtime, on_progress: Callable[[str], None]
+) -> TokenFolder:
+    """The tokens that a run was trained on, tokenized again where they are missing.
+
+    Raises:
+        SnapshotError: they do not have the fingerprint that the run has recorded.
+    """
     # The main process prepares missing tokens, the others wait and then find them.
     if not runtime.is_main:
         runtime.barrier()
     tokens = prepare_tokens(recipe.data, recipe.token_encoder, on_progress=on_progress)
     if runtime.is_main:
         runtime.barrier()
-    if tokens.fingerprint != snapshot.manifest["data_fingerprint"]:
+    if tokens.fingerprint != fingerprint:
         # Other tokens mean another split: texts that the model was trained on could pass as held out.
         raise SnapshotError(
-            f"The tokens in {tokens.path} are not those that {snapshot.run} was trained on: evaluate where its data "
+            f"The tokens in {tokens.path} are not those that {run} was trained on: evaluate where its data "
             f"lies unchanged, or train again."
         )
     return tokens

@@ -15,7 +15,7 @@ from ldlm_cli.data.shards import TokenSplit
 from ldlm_cli.data.story_checker import check_story
 from ldlm_cli.data.vocabulary import Vocabulary
 from ldlm_cli.evaluation import metrics
-from ldlm_cli.evaluation.judge import Judge
+from ldlm_cli.evaluation.judge import Judge, TextScore
 from ldlm_cli.generate import GeneratedText
 
 MEMORISED_DEFINITION = (
@@ -72,7 +72,13 @@ def memorised(texts: TextSet, vocabulary: Vocabulary, training: TrainingDocument
 
 
 def measure_texts(
-    texts: TextSet, *, judge: Judge, vocabulary: Vocabulary, training: TrainingDocuments, stories: bool
+    texts: TextSet,
+    *,
+    judge: Judge,
+    vocabulary: Vocabulary,
+    training: TrainingDocuments,
+    stories: bool,
+    scores: Sequence[TextScore] | None = None,
 ) -> dict[str, Any]:
     """All numbers of one set of texts; a number that does not exist for these texts is None.
 
@@ -82,8 +88,9 @@ def measure_texts(
         vocabulary: native tokenizer, for the memorised share.
         training: the training documents.
         stories: whether the built-in checker applies; without it the story fields are absent.
+        scores: the judge's scores of these texts where they are known; else it is asked.
     """
-    scores = judge.score(texts.texts)
+    scores = judge.score(texts.texts) if scores is None else scores
     nats = [score.nats for score in scores]
     tokens = [score.tokens for score in scores]
     full = [index for index, ids in enumerate(texts.token_ids) if ids]

@@ -16,7 +16,7 @@ from torch import Tensor
 from ldlm_cli.data.hub import first_line
 from ldlm_cli.data.vocabulary import Vocabulary
 from ldlm_cli.errors import UsageError
-from ldlm_cli.evaluation.judge_source import judge_folder, token_encoder_folders, weight_hashes, weights_hash
+from ldlm_cli.evaluation.judge_source import independent_judge_folder, weights_hash
 from ldlm_cli.recipe.schema import Recipe
 
 LANGUAGE_MODEL_FILE = "language_model.json"
@@ -74,18 +74,7 @@ class Judge:
         Raises:
             UsageError: no such judge, hub out of reach, or the judge is the token encoder.
         """
-        if source != "trained" and source.partition("@")[0] == recipe.token_encoder.source:
-            raise UsageError(
-                f"The judge '{source}' is the token encoder of {run}, which would flatter its own texts; "
-                f"name another model with --judge or judge.source."
-            )
-        folder = judge_folder(source, run, recipe)
-        for other in token_encoder_folders(run, recipe):
-            if set(weight_hashes(folder)) & set(weight_hashes(other)):
-                raise UsageError(
-                    f"The judge in {folder} has the weights of the token encoder in {other}; "
-                    f"name another model with --judge or judge.source."
-                )
+        folder = independent_judge_folder(source, run, recipe)
         from transformers import AutoModelForCausalLM
 
         try:

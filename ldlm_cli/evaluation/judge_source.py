@@ -13,6 +13,27 @@ from ldlm_cli.recipe.schema import Recipe
 RUN_FOLDERS = ("judge", "baseline", "token_encoder")
 
 
+def independent_judge_folder(source: str, run: Path, recipe: Recipe) -> Path:
+    """`judge_folder`, and the certainty that it does not hold the token encoder of the run.
+
+    Raises:
+        UsageError: no such judge, or it is the token encoder, which would flatter its own texts.
+    """
+    if source != "trained" and source.partition("@")[0] == recipe.token_encoder.source:
+        raise UsageError(
+            f"The judge '{source}' is the token encoder of {run}, which would flatter its own texts; "
+            f"name another model with --judge or judge.source."
+        )
+    folder = judge_folder(source, run, recipe)
+    for other in token_encoder_folders(run, recipe):
+        if set(weight_hashes(folder)) & set(weight_hashes(other)):
+            raise UsageError(
+                f"The judge in {folder} has the weights of the token encoder in {other}; "
+                f"name another model with --judge or judge.source."
+            )
+    return folder
+
+
 def judge_folder(source: str, run: Path, recipe: Recipe) -> Path:
     """The folder with the weights that `source` means (see `Judge.open`); a hub model is downloaded if need be.
 
