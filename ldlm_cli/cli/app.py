@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from ldlm_cli import __version__
-from ldlm_cli.cli import doctor, evaluate, launch, recipes, sample, tokenize, train
+from ldlm_cli.cli import compare, doctor, evaluate, launch, recipes, sample, tokenize, train
 from ldlm_cli.errors import LdlmError, UsageError
 
 app = typer.Typer(
@@ -51,6 +51,7 @@ app.command("train-lm", rich_help_panel=_TEXT)(train.train_lm)
 app.command("sample", rich_help_panel=_USE)(sample.sample)
 app.command("eval", rich_help_panel=_USE)(evaluate.evaluate_run)
 app.command("evaluate", hidden=True)(evaluate.evaluate_run)
+app.command("compare", rich_help_panel=_USE)(compare.compare_runs)
 app.add_typer(recipes.app, name="recipes", rich_help_panel=_TOOLS)
 app.command("doctor", rich_help_panel=_TOOLS)(doctor.doctor)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,10 +21,10 @@ from ldlm_cli.evaluation.likeness import (
     open_runs,
     refuse_unlike,
 )
-from ldlm_cli.evaluation.matched import matched_compute
+from ldlm_cli.evaluation.matched import matched_compute, matched_entropy
 from ldlm_cli.evaluation.measurements import Bench
 from ldlm_cli.evaluation.own_estimates import DEFINITION
-from ldlm_cli.evaluation.paired import Ratio, at_entropy, paired_interval
+from ldlm_cli.evaluation.paired import paired_differences
 from ldlm_cli.generate import SamplingOptions
 from ldlm_cli.runtime import Runtime
 
@@ -89,6 +88,8 @@ def compare(
         **{name: shared[f"sampling.{name}"] for name in ("sampler", "grid", "temperature", "guidance")},
     )
     labels = group_labels(runs)
+    # At different schedules a time t is another noise level, and a column of accuracies at t would be unlike.
+    one_schedule = len({(run.recipe.diffusion.schedule, run.recipe.diffusion.schedule_scale) for run in runs}) == 1
     encoding = {run.name: bench.encoding(run, run.folder / "snapshot") for run in runs}
     references = bench.references(runs[0], options)
     generation = {
@@ -101,14 +102,15 @@ def compare(
         "runs": [run_row(run, labels[run.name]) for run in runs],
         "circumstances": differing_circumstances(runs),
         "curves": {run.name: curve(run) for run in runs},
-        "encoding": [encoding_row(run, encoding[run.name]) for run in runs],
+        "encoding": [encoding_row(run, encoding[run.name], one_schedule) for run in runs],
         "generation": [{"run": run, "steps": steps, **found["summary"]} for (run, steps), found in generation.items()],
         "references": references,
     }
     if settings.temperatures:
         target = references["held_out_text"]["entropy_nats"]
-        report["matched_entropy"] = matched_entropy(bench, runs, settings, options, generation, target)
-    report["paired"] = paired(runs, labels, encoding, generation)
+        temperatures, num = report["identity"]["sweep"]["temperatures"], report["identity"]["sweep"]["num"]
+        report["matched_entropy"] = matched_entropy(bench, runs, temperatures, num, options, generation, target)
+    report["paired"] = paired_differences(runs, labels, encoding, generation)
     if settings.matched:
         report["matched_compute"] = matched_compute(bench, runs, settings.steps, options)
     report["notes"] = notes(runs, report)
@@ -159,6 +161,7 @@ def identity(
     bench: Bench,
 ) -> dict[str, Any]:
     """Every circumstance that the columns share."""
+    sweep = sorted({*settings.temperatures, options.temperature}) if settings.temperatures else []
     return {
         "ldlm_version": __version__,
         **shared,
@@ -169,7 +172,7 @@ def identity(
         "held_out_texts": bench.num_texts,
         "decoder_noise_std": bench.noise_std,
         "sampling": asdict(options) | {"steps": list(settings.steps)},
-        "sweep": {"temperatures": sweep_temperatures(settings, options), "num": min(settings.sweep_num, options.num)},
+        "sweep": {"temperatures": sweep, "num": min(settings.sweep_num, options.num)},
         "definitions": {
             "entropy_nats": metrics.ENTROPY_DEFINITION,
             "generative_perplexity": metrics.PERPLEXITY_DEFINITION,
@@ -201,123 +204,29 @@ def curve(run: ComparedRun) -> dict[str, list[Any]]:
     return {name: [row.get(name) for row in rows] for name in ("latent_step", "stage", "step", *CURVES)}
 
 
-def encoding_row(run: ComparedRun, found: dict[str, Any]) -> dict[str, Any]:
+def encoding_row(run: ComparedRun, found: dict[str, Any], one_schedule: bool) -> dict[str, Any]:
     """Reconstruction, own estimates and latent state of one run; per-text counts are left out."""
     tokens = sum(found["tokens"])
     noised = found["correct_noised"]
-    return {
+    row = {
         "run": run.name,
         "num_texts": len(found["tokens"]),
         "kind": found["kind"],
         "accuracy": sum(found["correct"]) / tokens,
         "accuracy_noised": None if noised is None else sum(noised) / tokens,
-        "own_estimates": found["own_estimates"],
         "latent_state": found["latent_state"],
     }
-
-
-# ---------------------------------------------------------------------- matched entropy
-
-
-def sweep_temperatures(settings: CompareSettings, options: SamplingOptions) -> list[float]:
-    return sorted({*settings.temperatures, options.temperature}) if settings.temperatures else []
-
-
-def matched_entropy(
-    bench: Bench,
-    runs: Sequence[ComparedRun],
-    settings: CompareSettings,
-    options: SamplingOptions,
-    generation: dict[tuple[str, int], dict[str, Any]],
-    target: float,
-) -> list[dict[str, Any]]:
-    """For each run and step count: the temperature sweep, and perplexity where its entropy is that of real text."""
-    num = min(settings.sweep_num, options.num)
-    rows = []
-    for run in runs:
-        for steps in settings.steps:
-            points = []
-            for temperature in sweep_temperatures(settings, options):
-                if temperature == options.temperature:
-                    found = generation[run.name, steps]
-                else:
-                    at = replace(options, steps=steps, temperature=temperature, num=num)
-                    found = bench.generation(run, run.folder / "snapshot", at)
-                points.append({"temperature": temperature, **first_texts(found, num)})
-            rows.append({"run": run.name, "steps": steps, **at_entropy(points, target), "points": points})
-    return rows
-
-
-def first_texts(found: dict[str, Any], num: int) -> dict[str, Any]:
-    """Perplexity, entropy and validity of the first `num` texts of a measurement."""
-    entropies = [value for value in found["entropy"][:num] if value is not None]
-    row = {
-        "generative_perplexity": metrics.perplexity(found["nats"][:num], found["judge_tokens"][:num]),
-        "entropy_nats": math.fsum(entropies) / len(entropies) if entropies else None,
-    }
-    return row | {"valid_stories": sum(found["valid"][:num]) / num} if "valid" in found else row
-
-
-# ---------------------------------------------------------------------- paired differences
-
-
-def paired(
-    runs: Sequence[ComparedRun],
-    labels: dict[str, str],
-    encoding: dict[str, dict[str, Any]],
-    generation: dict[tuple[str, int], dict[str, Any]],
-) -> list[dict[str, Any]]:
-    """Each run minus the run of the first group with its seed (else the first run), with paired intervals.
-
-    Intervals are over texts and sampling noise for these two runs; the spread over training seeds is in the rows.
-    """
-    base = [run for run in runs if labels[run.name] == labels[runs[0].name]]
-    step_counts = sorted({steps for _, steps in generation})
-    rows = []
-    for run in runs[1:]:
-        others = [other for other in base if run not in base and other.recipe.seed == run.recipe.seed]
-        against = (others or base)[0]
-        pairs: list[tuple[str, int | None, Ratio | None, Ratio | None]] = [
-            (name, None, *(accuracy_ratio(encoding[each.name], column) for each in (run, against)))
-            for name, column in (("accuracy", "correct"), ("accuracy_noised", "correct_noised"))
-        ]
-        for steps in step_counts:
-            both = [generation[each.name, steps] for each in (run, against)]
-            for name in ("nats_per_judge_token", "entropy_nats", "valid_stories"):
-                pairs.append((name, steps, *(text_ratio(found, name) for found in both)))
-        for name, number, ours, theirs in pairs:
-            interval = paired_interval(ours, theirs) if ours is not None and theirs is not None else None
-            if interval is not None:
-                rows.append({"run": run.name, "against": against.name, "quantity": name, "steps": number, **interval})
-    return rows
-
-
-def accuracy_ratio(found: dict[str, Any], column: str) -> Ratio | None:
-    return None if found[column] is None else (found[column], found["tokens"])
-
-
-def text_ratio(found: dict[str, Any], quantity: str) -> Ratio | None:
-    """A quantity of generated texts as a ratio of sums by sample index; None when it was not measured."""
-    if quantity == "nats_per_judge_token":
-        return found["nats"], found["judge_tokens"]
-    if quantity == "entropy_nats":
-        return [value or 0.0 for value in found["entropy"]], [float(value is not None) for value in found["entropy"]]
-    return (found["valid"], [1.0] * len(found["valid"])) if "valid" in found else None
-
-
-# ---------------------------------------------------------------------- what a reader must know
+    return row | {"own_estimates": found["own_estimates"]} if one_schedule else row
 
 
 def notes(runs: Sequence[ComparedRun], report: dict[str, Any]) -> list[str]:
     """Sentences that belong beside the tables."""
     found = []
-    scales = {(run.recipe.diffusion.schedule, run.recipe.diffusion.schedule_scale) for run in runs}
-    if len(scales) > 1:
+    if "own_estimates" not in report["encoding"][0]:
         found.append(
-            "The noise schedules differ: a time t is another noise level in each, so own estimates are left out."
+            "diffusion.schedule or schedule_scale differ: a time t is another noise level in each run, and the columns "
+            "of own estimates are left out."
         )
-        for row in report["encoding"]:
-            del row["own_estimates"]
     if len({run.decoder_noise_std for run in runs}) > 1:
         found.append(
             f"The runs were trained with different decoder noise; noised reconstruction and bits are at "

@@ -1,14 +1,17 @@
-"""Runs at equal compute: snapshots along the runs at equal denoiser steps, and at equal FLOPs."""
+"""Runs at equal compute (snapshots along the runs), and at the entropy of real text (a sweep of temperatures)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ldlm_cli.evaluation import metrics
 from ldlm_cli.evaluation.likeness import ComparedRun
 from ldlm_cli.evaluation.measurements import Bench
+from ldlm_cli.evaluation.paired import at_entropy
 from ldlm_cli.generate import SamplingOptions
 
 MATCHED_BY = ("denoiser_steps", "flops")
@@ -64,3 +67,44 @@ def nearest_snapshot(run: ComparedRun, by: str, target: float) -> tuple[str, Pat
 
 def _spent(config: dict[str, Any], by: str) -> float:
     return float(config["compute"]["latent"][by])
+
+
+def matched_entropy(
+    bench: Bench,
+    runs: Sequence[ComparedRun],
+    temperatures: Sequence[float],
+    num: int,
+    options: SamplingOptions,
+    generation: Mapping[tuple[str, int], dict[str, Any]],
+    target: float,
+) -> list[dict[str, Any]]:
+    """For each run and step count: a sweep of temperatures, and perplexity where its entropy is that of real text.
+
+    Args:
+        temperatures: of the sweep; at the base temperature the first texts of `generation` serve.
+        num: texts a temperature.
+        generation: measurements at the base temperature, by run and steps.
+        target: entropy of real text, nats.
+    """
+    rows = []
+    for run in runs:
+        for steps in sorted({steps for _, steps in generation}):
+            points = []
+            for temperature in temperatures:
+                found = generation[run.name, steps]
+                if temperature != options.temperature:
+                    at = replace(options, steps=steps, temperature=temperature, num=num)
+                    found = bench.generation(run, run.folder / "snapshot", at)
+                points.append({"temperature": temperature, **first_texts(found, num)})
+            rows.append({"run": run.name, "steps": steps, **at_entropy(points, target), "points": points})
+    return rows
+
+
+def first_texts(found: dict[str, Any], num: int) -> dict[str, Any]:
+    """Perplexity, entropy and validity of the first `num` texts of a measurement."""
+    entropies = [value for value in found["entropy"][:num] if value is not None]
+    row = {
+        "generative_perplexity": metrics.perplexity(found["nats"][:num], found["judge_tokens"][:num]),
+        "entropy_nats": math.fsum(entropies) / len(entropies) if entropies else None,
+    }
+    return row | {"valid_stories": sum(found["valid"][:num]) / num} if "valid" in found else row

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from ldlm_cli.evaluation.likeness import ComparedRun
 
 RESAMPLES = 4000
 LEVEL = 0.95
@@ -91,3 +93,55 @@ def at_entropy(points: Sequence[dict[str, Any]], target: float) -> dict[str, Any
     if crossings:
         result |= min(crossings, key=lambda row: abs(math.log(row["temperature"])))
     return result
+
+
+def paired_differences(
+    runs: Sequence[ComparedRun],
+    labels: Mapping[str, str],
+    encoding: Mapping[str, dict[str, Any]],
+    generation: Mapping[tuple[str, int], dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """Each run minus the run of the first group with its seed (else the first run), with paired intervals.
+
+    Intervals are over held-out texts or sampling noise for these two runs; what another training seed would give is not
+    in them, and shows in the rows of the other seeds.
+    """
+    base = [run for run in runs if labels[run.name] == labels[runs[0].name]]
+    rows: list[dict[str, Any]] = []
+    for run in runs[1:]:
+        same_seed = [other for other in base if run not in base and other.recipe.seed == run.recipe.seed]
+        against = (same_seed or base)[0]
+
+        def add(
+            quantity: str,
+            steps: int | None,
+            ours: Ratio | None,
+            theirs: Ratio | None,
+            who: tuple[str, str] = (run.name, against.name),
+        ) -> None:
+            interval = paired_interval(ours, theirs) if ours is not None and theirs is not None else None
+            if interval is not None:
+                about = {"run": who[0], "against": who[1], "quantity": quantity, "steps": steps}
+                rows.append(about | interval)
+
+        for name, column in (("accuracy", "correct"), ("accuracy_noised", "correct_noised")):
+            own, other = (_accuracy(encoding[each.name], column) for each in (run, against))
+            add(name, None, own, other)
+        for steps in sorted({steps for _, steps in generation}):
+            for name in ("nats_per_judge_token", "entropy_nats", "valid_stories"):
+                own, other = (_text_ratio(generation[each.name, steps], name) for each in (run, against))
+                add(name, steps, own, other)
+    return rows
+
+
+def _accuracy(found: dict[str, Any], column: str) -> Ratio | None:
+    return None if found[column] is None else (found[column], found["tokens"])
+
+
+def _text_ratio(found: dict[str, Any], quantity: str) -> Ratio | None:
+    """A quantity of generated texts as a ratio of sums by sample index; None when it was not measured."""
+    if quantity == "nats_per_judge_token":
+        return found["nats"], found["judge_tokens"]
+    if quantity == "entropy_nats":
+        return [value or 0.0 for value in found["entropy"]], [float(value is not None) for value in found["entropy"]]
+    return (found["valid"], [1.0] * len(found["valid"])) if "valid" in found else None

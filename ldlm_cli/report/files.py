@@ -43,10 +43,10 @@ def write_evaluation(report: dict[str, Any], folder: Path) -> None:
     report.json and report.md are replaced whole or not at all. Sections that the report does not have are left out.
     """
     (folder / "plots").mkdir(parents=True, exist_ok=True)
-    _write_whole(
+    write_whole(
         folder / "report.json", json.dumps(_finite(report), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     )
-    _write_whole(folder / "report.md", report_markdown(report))
+    write_whole(folder / "report.md", report_markdown(report))
     if "reconstruction" in report:
         _plot_reconstruction(report["reconstruction"], folder / "plots" / "reconstruction.png")
     if "generation" in report and "controls" in report:
@@ -73,7 +73,7 @@ def report_markdown(report: dict[str, Any]) -> str:
 def _generation_lines(generation: dict[str, Any], controls: dict[str, Any]) -> list[str]:
     rows = {"generated": generation} | {ROW_NAMES.get(name, name): row for name, row in controls.items()}
     columns = {key: title for key, title in COLUMNS.items() if any(key in row for row in rows.values())}
-    lines = ["## Generated texts", "", *_table(["", *columns.values()], [
+    lines = ["## Generated texts", "", *markdown_table(["", *columns.values()], [
         [name, *(_number(row.get(key)) for key in columns)] for name, row in rows.items()
     ])]  # fmt: skip
     lines += [
@@ -118,7 +118,7 @@ def _reconstruction_lines(section: dict[str, Any]) -> list[str]:
             row.get("noised", {}).get("accuracy"),
         ]
         rows.append([name, f"{row['num_texts']} {row['kind']}", *map(_number, values)])
-    return ["## Reconstruction", "", section["verdict"], "", *_table(header, rows), ""]
+    return ["## Reconstruction", "", section["verdict"], "", *markdown_table(header, rows), ""]
 
 
 def _own_estimates_lines(section: dict[str, Any]) -> list[str]:
@@ -130,7 +130,7 @@ def _own_estimates_lines(section: dict[str, Any]) -> list[str]:
         f"Held-out texts of {section['length']} tokens ({section['num_texts']} {section['kind']}) noised to time t; "
         f"their encoded latents themselves are read with accuracy {_number(section['clean'])}.",
         "",
-        *_table(header, rows),
+        *markdown_table(header, rows),
         "",
     ]
 
@@ -139,7 +139,7 @@ def _latent_state_lines(section: dict[str, Any]) -> list[str]:
     rows = [
         [title, *(_number(row.get(key)) for key in LATENT_STATE)] for title, row in latent_state_rows(section).items()
     ]
-    return ["## Latents of held-out texts", "", *_table(["", *LATENT_STATE.values()], rows), ""]
+    return ["## Latents of held-out texts", "", *markdown_table(["", *LATENT_STATE.values()], rows), ""]
 
 
 def latent_state_rows(section: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -148,7 +148,8 @@ def latent_state_rows(section: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return rows | {"standardised for the denoiser": section["standardised"]} if "standardised" in section else rows
 
 
-def _table(header: list[str], rows: list[list[str]]) -> list[str]:
+def markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
+    """The lines of a Markdown table."""
     return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
 
 
@@ -167,7 +168,8 @@ def _finite(value: Any) -> Any:
     return value if not isinstance(value, float) or math.isfinite(value) else str(value)
 
 
-def _write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file, which appears whole or not at all."""
     part = path.with_name(path.name + ".part")
     with part.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -176,21 +178,22 @@ def _write_whole(path: Path, text: str) -> None:
     os.replace(part, path)
 
 
-def _figure() -> tuple[Any, Any]:
+def figure_of(panels: int = 1) -> tuple[Any, list[Any]]:
+    """A figure that is only ever saved, with panels side by side, and the axes of each."""
     # The Agg canvas is asked for directly: no display is needed, and a user's own pyplot backend is left alone.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    figure = Figure(figsize=(6.4 if panels == 1 else 4.2 * panels, 4), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots()
+    return figure, list(figure.subplots(1, panels, squeeze=False)[0])
 
 
 def _plot_reconstruction(section: dict[str, Any], path: Path) -> None:
     rows = [row for row in section["rows"] if "clean" in row]
     if not rows:
         return
-    figure, axes = _figure()
+    figure, (axes,) = figure_of()
     axes.plot([row["length"] for row in rows], [row["clean"]["accuracy"] for row in rows], "o-", label="clean latents")
     noised = [row for row in rows if "noised" in row]
     if noised:
@@ -207,7 +210,7 @@ def _plot_reconstruction(section: dict[str, Any], path: Path) -> None:
 def _plot_perplexity(report: dict[str, Any], path: Path) -> None:
     rows = {"generated": report["generation"]}
     rows |= {ROW_NAMES.get(name, name): row for name, row in report["controls"].items()}
-    figure, axes = _figure()
+    figure, (axes,) = figure_of()
     for name, row in rows.items():
         # Perplexity is never shown without entropy: a row that lacks one of them has no place here.
         if row["generative_perplexity"] is not None and row["entropy_nats"] is not None:
