@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from ldlm_cli import __version__
-from ldlm_cli.cli import compare, doctor, evaluate, launch, recipes, sample, tokenize, train
+from ldlm_cli.cli import compare, doctor, evaluate, launch, recipes, sample, sweep, tokenize, train
 from ldlm_cli.errors import LdlmError, UsageError
 
 app = typer.Typer(
@@ -48,6 +48,7 @@ app.command("tokenize", rich_help_panel=_TEXT)(tokenize.tokenize)
 app.command("train-joint", rich_help_panel=_TEXT)(train.train_joint)
 app.command("train-sequential", rich_help_panel=_TEXT)(train.train_sequential)
 app.command("train-lm", rich_help_panel=_TEXT)(train.train_lm)
+app.command("sweep", rich_help_panel=_TEXT)(sweep.sweep)
 app.command("sample", rich_help_panel=_USE)(sample.sample)
 app.command("eval", rich_help_panel=_USE)(evaluate.evaluate_run)
 app.command("evaluate", hidden=True)(evaluate.evaluate_run)

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ldlm_cli import __version__
 from ldlm_cli.checkpoint import Snapshot, file_hash, load_snapshot
 from ldlm_cli.data.batches import held_out_windows
@@ -26,8 +28,8 @@ from ldlm_cli.evaluation.reconstruction import predict
 from ldlm_cli.generate import Generator, SamplingOptions, generate_texts
 from ldlm_cli.runtime import Runtime
 
-FORMAT = 1
-"""Raised when what is measured changes: kept measurements of another format are not used."""
+MEASURING_CODE = ("core/*.py", "data/*.py", "generate.py", "evaluation/*.py")
+NOT_MEASURING = ("compare.py", "likeness.py", "matched.py", "paired.py")
 
 
 @dataclass
@@ -51,6 +53,7 @@ class Bench:
 
     def __post_init__(self) -> None:
         self.opened: tuple[Path, Snapshot] | None = None
+        self.code = code_hash()
         self.training = TrainingDocuments(self.tokens.split("train"))
 
     def snapshot(self, run: ComparedRun, folder: Path) -> Snapshot:
@@ -62,9 +65,10 @@ class Bench:
     def kept(self, what: str, identity: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """A measurement of that identity from the cache, else measured and kept there."""
         identity = {
-            "format": FORMAT,
             "what": what,
             "ldlm": __version__,
+            "torch": torch.__version__,
+            "code": self.code,
             "device": str(self.runtime.device),
             **{key: value for key, value in self.shared.items() if not key.startswith(("sampling.", "evaluation."))},
             **identity,
@@ -178,3 +182,11 @@ class Bench:
         )
         rows = {"held_out_text": {"kind": kind, **self.measured(real, run)["summary"]}}
         return rows | {name: self.measured(texts, run)["summary"] for name, texts in naive.items()}
+
+
+def code_hash() -> str:
+    """sha256 over the code that decides a measurement: what was measured before it changed is not used again."""
+    package = Path(__file__).parents[1]
+    files = [path for pattern in MEASURING_CODE for path in sorted(package.glob(pattern))]
+    content = "".join(file_hash(path) for path in files if path.name not in NOT_MEASURING)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]

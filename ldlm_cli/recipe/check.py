@@ -26,7 +26,7 @@ def check_tree(tree: Mapping[str, Any], label: str) -> tuple[Recipe | None, list
         # JSON mode, because strict Python mode would refuse a YAML list where the schema has a tuple.
         return Recipe.model_validate_json(json.dumps(tree, default=str), strict=True), []
     except ValidationError as error:
-        return None, [f"{label}: {_sentence(detail)}" for detail in error.errors(include_url=False)]
+        return None, [f"{label}: {sentence(detail)}" for detail in error.errors(include_url=False)]
 
 
 def show_value(value: object) -> str:
@@ -72,7 +72,7 @@ _WANTED = {
 }
 
 
-def _sentence(error: ErrorDetails) -> str:
+def sentence(error: ErrorDetails) -> str:
     """One pydantic error as one sentence: dotted field, value, reason, nearest right name."""
     kind, value, context = error["type"], error["input"], error.get("ctx", {})
     location = [key for key in error["loc"] if key != "[key]"]

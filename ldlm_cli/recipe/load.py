@@ -20,7 +20,7 @@ from ldlm_cli.recipe.schema import Recipe
 _FLOAT = re.compile(r"^[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$")
 
 
-class _Loader(yaml.SafeLoader):
+class Loader(yaml.SafeLoader):
     """Safe YAML that knows 1e-4 and refuses a key written twice in one mapping."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -36,10 +36,10 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes what `_Loader` reads back: text that looks like 1e-4 is quoted."""
+    """Writes what `Loader` reads back: text that looks like 1e-4 is quoted."""
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
 
@@ -96,7 +96,7 @@ def list_recipes() -> list[tuple[str, str, Path]]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
@@ -160,7 +160,7 @@ def _parse_override(override: str) -> tuple[list[str], Any]:
     if not equals or not all(keys):
         raise RecipeError(f"--set {override}: write section.field=value, e.g. --set training.log_every_steps=10")
     try:
-        return keys, yaml.load(text, _Loader)
+        return keys, yaml.load(text, Loader)
     except yaml.YAMLError:
         # Not YAML, e.g. the glob *.txt: plain text, which the strict check takes only where the field is text.
         return keys, text

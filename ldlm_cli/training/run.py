@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ldlm_cli.checkpoint import list_checkpoints, load_checkpoint
 from ldlm_cli.data.shards import TokenFolder, prepare_tokens
 from ldlm_cli.recipe.load import dump_recipe
-from ldlm_cli.recipe.schema import Recipe
+from ldlm_cli.recipe.schema import Recipe, StageRecipe
 from ldlm_cli.runtime import Runtime
 from ldlm_cli.training.plan import plan_stages
+from ldlm_cli.training.reuse import copy_language_model, find_language_model
 from ldlm_cli.training.run_folder import (
     MetricsLog,
     free_folder,
@@ -21,16 +23,27 @@ from ldlm_cli.training.run_folder import (
     run_folder,
     write_manifest,
 )
-from ldlm_cli.training.stages import RUN_STAGE, Reporter, Run
+from ldlm_cli.training.stages import RUN_STAGE, Reporter, Run, finish_stage
 
 
 def run_recipe(
-    recipe: Recipe, plan: str, *, out: Path | None, fresh: bool, reporter: Reporter, runtime: Runtime | None = None
+    recipe: Recipe,
+    plan: str,
+    *,
+    out: Path | None,
+    fresh: bool,
+    reporter: Reporter,
+    runtime: Runtime | None = None,
+    reuse: Sequence[Path] = (),
+    demand_reuse: bool = False,
 ) -> dict[str, Any]:
     """Train a plan in its run folder.
 
     Started again, an unfinished run resumes and a finished one says so.
 
+    Args:
+        reuse: run folders whose language models are copied where a stage would train the same ones.
+        demand_reuse: a language model stage that finds none there is an error.
     Returns:
         {"run": folder, "status": "finished" | "already finished", "seconds": …}.
     Raises:
@@ -69,6 +82,12 @@ def run_recipe(
         if index < first:
             continue
         here = resumed if resumed is not None and index == first else None
+        if stage.kind == "language_model" and reuse and (here is None or here[2]["step"] == 0):
+            manifest = read_manifest(folder) or {}
+            source = find_language_model(recipe, plan, index, manifest, reuse, demand_reuse)
+            if source is not None:
+                reuse_stage(run, index, name, stage, source)
+                continue
         with runtime.signals_noted():
             RUN_STAGE[stage.kind](run, index, name, stage, here, len(stages))
     if runtime.is_main:
@@ -76,6 +95,19 @@ def run_recipe(
         write_manifest(folder, done)
     runtime.barrier()
     return {"run": str(folder), "status": "finished", "seconds": round(time.perf_counter() - started, 1)}
+
+
+def reuse_stage(run: Run, index: int, name: str, stage: StageRecipe, source: Path) -> None:
+    """Finish a language model stage with what another run has trained, and say so in the manifest."""
+    run.say(lambda: run.reporter.note(f"stage {name}: the same {stage.role} as in {source}, copied"))
+    if run.runtime.is_main:
+        reused = copy_language_model(source, run.folder, stage.role)
+        manifest = read_manifest(run.folder) or {}
+        write_manifest(run.folder, {**manifest, "reused": {**manifest.get("reused", {}), name: reused}})
+        if reused["compute"]:
+            # Counted as if it had been spent here: the run could not have been made without it.
+            run.spent.append({**reused["compute"], "stage": name, "reused_from": str(source)})
+    finish_stage(run, index)
 
 
 def shared_tokens(recipe: Recipe, runtime: Runtime, reporter: Reporter) -> TokenFolder:
