@@ -214,7 +214,8 @@ def test_doctor_finds_an_unreachable_hub_soon(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["train-joint", "--help"], ["sample", "--help"], ["recipes", "list"]]
+    "arguments",
+    [["--help"], *([name, "--help"] for name in ("train-joint", "sample", "compare", "sweep")), ["recipes", "list"]],
 )
 def test_help_imports_nothing_heavy(arguments):
     code = (
@@ -231,7 +232,8 @@ def test_help_imports_nothing_heavy(arguments):
 
 def test_every_command_is_in_the_help_and_the_alias_is_hidden(ldlm):
     _, out, _ = ldlm("--help")
-    for command in ("tokenize", "train-joint", "train-sequential", "train-lm", "sample", "eval", "recipes", "doctor"):
+    training = ("tokenize", "train-joint", "train-sequential", "train-lm", "sweep")
+    for command in (*training, "sample", "eval", "compare", "recipes", "doctor"):
         assert f" {command} " in out
     assert " evaluate " not in out
     assert ldlm("evaluate", "--help")[0] == 0

@@ -101,7 +101,10 @@ def _generation_table(report: Mapping[str, Any]) -> Table:
     for row in sorted(report["generation"], key=lambda row: row["steps"]):
         rows.append([row["run"], row["steps"], row["num_texts"], *map(row.get, columns)])
     judge = report["identity"]["judge"]["held_out_nats_per_token"]
-    below = f"The judge's own held-out nats per token: {number(judge)}." if judge is not None else ""
+    real = references["held_out_text"]
+    below = f"Real texts are {'whole documents' if real['kind'] == 'document' else 'windows of documents'}."
+    if judge is not None:
+        below += f" The judge's own held-out nats per token: {number(judge)}."
     return Table("Generated texts", ["", "steps", "texts", *(COLUMNS[key] for key in columns)], rows, below)
 
 
