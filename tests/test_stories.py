@@ -1,6 +1,7 @@
 """The built-in corpus and its checker: they agree on every story, and the checker sees every single change."""
 
 import hashlib
+import math
 import random
 import re
 from collections import Counter, defaultdict
@@ -14,20 +15,24 @@ from ldlm_cli.errors import DataError
 
 SAMPLES = 10_000
 NAMES = story_words.GIRLS + story_words.BOYS
+PLACES = tuple(place.name for place in story_words.PLACES)
+PASTIMES = tuple(place.pastime for place in story_words.PLACES)
 EVENTS = tuple(cause.event for cause in story_words.CAUSES)
 REMEDIES = tuple(cause.remedy for cause in story_words.CAUSES)
-WORD_LISTS = {
+SINGLE_WORDS = {
     name: value for name, value in vars(story_words).items() if name.isupper() and isinstance(value[0], str)
-} | {"EVENTS": EVENTS, "REMEDIES": REMEDIES}
+} | {"PLACES": PLACES}
+PHRASES = {"PASTIMES": PASTIMES, "EVENTS": EVENTS, "REMEDIES": REMEDIES}
+WORD_LISTS = SINGLE_WORDS | PHRASES
 TEMPLATES = (*stories.SHORT_ARC, stories.LATER_OPENING)
 PRONOUNS = {"He": "She", "She": "He", "his": "her", "her": "his"}
 EXAMPLE = (
-    "One sunny morning, Tom went to the lake.",
-    "He carried his red kite.",
-    "But soon the kite got stuck in a tree.",
-    "Tom felt sad, but Anna came by.",
-    "So Anna climbed the branches to reach it.",
-    "Tom hugged Anna at the lake and felt happy.",
+    "One sunny day, Tom visited the lake.",
+    "He skipped flat stones and held his red kite.",
+    "Suddenly the red kite got stuck in a tree.",
+    "Tom was sad until Anna came.",
+    "Luckily Anna shook the branches.",
+    "Tom thanked Anna and left the lake, happy about the red kite.",
 )
 
 
@@ -60,11 +65,11 @@ def share_valid(texts: Iterable[str]) -> float:
 def test_the_corpus_never_changes_silently() -> None:
     first = "\n".join(stories.short_story(0, index) for index in range(100))
     assert (
-        hashlib.sha256(first.encode()).hexdigest() == "c8f280efb450e3b686656863a0c8d408510cbb8c5549979cc6f3b8b42a3f50ac"
+        hashlib.sha256(first.encode()).hexdigest() == "a33781c6e180e5444732223bbd71fcc1a9887de60bafabea47cddc150e531609"
     )
     assert (
         hashlib.sha256(stories.long_story(0, 0).encode()).hexdigest()
-        == "376e3796bed23ebfd6d33deeb9cda1000e5f7e55062ae395c5003d93dd7d0adb"
+        == "d60dbf305198173c6d58006ee05af4466f642fd7e620dc64e1a589cc04789442"
     )
 
 
@@ -105,47 +110,67 @@ def test_wrong_values_are_refused(call: Callable[[], str]) -> None:
 def test_short_stories_are_one_plain_line_of_bounded_length(corpus: list[str]) -> None:
     for text in corpus:
         assert re.fullmatch(r"(?:[A-Z][A-Za-z]*(?:,? [A-Za-z]+)+\. ){5}[A-Z][A-Za-z]*(?:,? [A-Za-z]+)+\.", text)
-        assert 42 <= len(tokens_of(text)) <= 58
+        assert 52 <= len(tokens_of(text)) <= 60
         assert stories.count_words(text) == len(tokens_of(text))
 
 
 def test_the_longest_and_shortest_choices_stay_in_bounds() -> None:
-    for cause in story_words.CAUSES:
-        values = defaultdict(lambda: "word", event=cause.event, remedy=cause.remedy)
-        sizes = [[len(tokens_of(form.format_map(values))) for form in position] for position in stories.SHORT_ARC]
-        assert sum(map(min, sizes)) >= 46
-        assert sum(map(max, sizes)) <= 58
+    for place in story_words.PLACES:
+        for cause in story_words.CAUSES:
+            values = defaultdict(lambda: "word", pastime=place.pastime, event=cause.event, remedy=cause.remedy)
+            sizes = [[len(tokens_of(form.format_map(values))) for form in position] for position in stories.SHORT_ARC]
+            assert sum(map(min, sizes)) >= 52
+            assert sum(map(max, sizes)) <= 60
 
 
-def test_vocabulary_and_variety(corpus: list[str]) -> None:
+def test_rich_words_at_low_entropy(corpus: list[str]) -> None:
+    """A small model must be able to learn all of it, and still has many words to tell apart."""
+    fixed_words = {word for position in stories.SHORT_ARC for form in position for word in fixed_part(form)}
+    listed = {word for entries in WORD_LISTS.values() for entry in entries for word in entry.split()}
+    possible = {word.lower() for word in fixed_words | listed | set(PRONOUNS)}
     reached = {token.lower() for text in corpus for token in tokens_of(text) if token.isalpha()}
-    assert len(reached) >= 400
+    assert reached == possible
+    assert len(possible) >= 410
     assert len(set(corpus)) == len(corpus)
-    assert len(story_words.GIRLS) >= 24
-    assert len(story_words.BOYS) >= 24
-    assert len(story_words.OBJECTS) >= 40
-    assert len(story_words.PLACES) >= 24
-    assert len(story_words.CAUSES) >= 12
-    assert stories.count_stories() >= 10**9
+    assert len({stories.count_words(text) for text in corpus}) >= 9
+    assert 2e10 <= stories.count_stories() <= 2e11
+    assert 23.5 <= math.log(stories.count_stories()) <= 26.5
 
 
-def test_the_count_of_stories_is_exact() -> None:
-    """`count_stories` multiplies choices; this is what makes different choices give different texts."""
+def fixed_part(form: str) -> list[str]:
+    return re.findall(r"\w+", re.sub(r"{\w+}", "", form))
+
+
+def test_different_choices_give_different_stories() -> None:
+    """`count_stories` multiplies choices; this is what makes it the number of texts."""
     flat = [entry for options in WORD_LISTS.values() for entry in options]
     assert [entry for entry, times in Counter(flat).items() if times > 1] == []
-    fixed_words = {word for position in TEMPLATES for form in position for word in re.sub(r"{\w+}", "", form).split()}
-    assert fixed_words.isdisjoint(flat)
+    single_words = {word for options in SINGLE_WORDS.values() for word in options}
+    fixed_words = {word for position in TEMPLATES for form in position for word in fixed_part(form)}
+    assert fixed_words.isdisjoint(single_words)
+    in_phrases = {word for options in PHRASES.values() for entry in options for word in entry.split()}
+    assert in_phrases.isdisjoint(single_words)
     for position in TEMPLATES:
         skeletons = [re.sub(r"{\w+}", "_", form) for form in position]
         assert len(set(skeletons)) == len(skeletons)
-    for slot in ("hero", "friend", "object", "place", "event", "remedy"):
+    for slot in ("hero", "friend", "place", "event", "remedy", *stories.WORD_SLOTS):
         always = [all(f"{{{slot}}}" in form for form in position) for position in stories.SHORT_ARC]
         assert any(always), f"{slot} can be missing from a story"
 
 
+def test_the_count_is_the_number_of_stories_of_a_small_grammar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stories, "_NAMES", ("Anna", "Tom"))
+    monkeypatch.setattr(story_words, "PLACES", story_words.PLACES[:2])
+    monkeypatch.setattr(story_words, "CAUSES", story_words.CAUSES[:2])
+    few = {"object": 1, "color": 2, "weather": 1, "sad": 1, "glad": 2}
+    monkeypatch.setattr(stories, "WORD_SLOTS", {slot: stories.WORD_SLOTS[slot][:size] for slot, size in few.items()})
+    made = set(stories.stories(seed=4, num_documents=SAMPLES, long_share=0.0))
+    assert len(made) == stories.count_stories() == 2 * 2 * 2 * math.prod(few.values()) * 2**4
+    assert share_valid(made) == 1.0
+
+
 def test_no_article_needs_an(corpus: list[str]) -> None:
-    vowels_after_a = {match for text in corpus for match in re.findall(r"\b[Aa] ([aeiou]\w+)", text)}
-    assert vowels_after_a <= {"useful"}  # starts with the sound of "you"
+    assert not [text for text in corpus if re.search(r"\b[Aa] [aeiou]", text)]
 
 
 def test_long_stories_have_enough_episodes() -> None:
@@ -175,20 +200,25 @@ def swap_one_mention(text: str, binding: str, rng: random.Random) -> str:
         "friend": tuple(name for name in names if name != names[0])[:1],
         "pronoun": tuple(PRONOUNS),
         "object": story_words.OBJECTS,
-        "place": story_words.PLACES,
+        "color": story_words.COLORS,
+        "place": PLACES,
+        "pastime": PASTIMES,
         "cause": EVENTS + REMEDIES,
+        "feeling": story_words.SAD + story_words.GLAD,
     }[binding]
     mention = rng.choice(list(re.finditer(rf"\b(?:{'|'.join(options)})\b", text)))
     old = mention.group()
     if binding == "pronoun":
         new = PRONOUNS[old]
+    elif binding == "feeling":
+        new = rng.choice(story_words.GLAD if old in story_words.SAD else story_words.SAD)
     else:
         same_list = next(entries for entries in (NAMES, *WORD_LISTS.values()) if old in entries)
         new = rng.choice([entry for entry in same_list if entry != old])
     return text[: mention.start()] + new + text[mention.end() :]
 
 
-BINDINGS = ("hero", "friend", "pronoun", "object", "place", "cause")
+BINDINGS = ("hero", "friend", "pronoun", "object", "color", "place", "pastime", "cause", "feeling")
 
 
 def test_one_changed_binding_is_rejected_and_named(corpus: list[str]) -> None:
@@ -203,34 +233,39 @@ def test_one_changed_binding_is_rejected_and_named(corpus: list[str]) -> None:
         rejected[binding] += not verdict.valid
         named[binding] += verdict.broken == binding
         assert verdict.valid == (verdict.detail is None)
-    assert rejected.total() >= 0.99 * SAMPLES
+    assert rejected.total() == SAMPLES
     assert named == rejected
 
 
 @pytest.mark.parametrize(
     ("number", "sentence", "broken"),
     [
-        (1, "One sunny morning, Ben went to the lake.", "hero"),
-        (6, "Ben hugged Anna at the lake and felt happy.", "hero"),
-        (5, "So Lucy climbed the branches to reach it.", "friend"),
-        (5, "So Tom climbed the branches to reach it.", "friend"),
-        (2, "She carried his red kite.", "pronoun"),
-        (2, "He carried her red kite.", "pronoun"),
-        (4, "She looked sad when Anna came over.", "pronoun"),
-        (3, "But soon the ball got stuck in a tree.", "object"),
-        (6, "Tom was happy and left the lake with the ball.", "object"),
-        (6, "Tom hugged Anna at the park and felt happy.", "place"),
-        (5, "So Anna washed it clean with soap.", "cause"),
-        (3, "But soon the kite fell into the mud.", "cause"),
-        (3, "But soon the kite got stuck in a mud.", "grammar"),
-        (4, "Tom felt happy, but Anna came by.", "feeling"),
-        (6, "Tom hugged Anna at the lake and felt sad.", "feeling"),
-        (1, "A week later, Tom went to the lake.", "grammar"),
-        (1, "A week later, Tom walked to the old lake.", "order"),
+        (1, "One sunny day, Ben visited the lake.", "hero"),
+        (6, "Ben and Anna left the lake with the red kite and were happy.", "hero"),
+        (5, "Luckily Lucy shook the branches.", "friend"),
+        (5, "Luckily Tom shook the branches.", "friend"),
+        (4, "Lucy saw that Tom was sad.", "friend"),
+        (2, "She skipped flat stones and held his red kite.", "pronoun"),
+        (2, "He skipped flat stones and held her red kite.", "pronoun"),
+        (3, "Suddenly the red drum got stuck in a tree.", "object"),
+        (6, "Tom thanked Anna and left the lake, happy about the red drum.", "object"),
+        (2, "He skipped flat stones and held his blue kite.", "color"),
+        (3, "Suddenly the blue kite got stuck in a tree.", "color"),
+        (6, "Tom and Anna left the lake with the blue kite and were happy.", "color"),
+        (1, "One sunny day, Tom visited the park.", "place"),
+        (6, "Tom thanked Anna and left the park, happy about the red kite.", "place"),
+        (2, "He fed hungry ducks and held his red kite.", "pastime"),
+        (5, "Luckily Anna washed it with soap.", "cause"),
+        (3, "Then the kite fell into mud.", "cause"),
+        (3, "Then the kite got stuck in a mud.", "grammar"),
+        (4, "Tom was happy until Anna came.", "feeling"),
+        (6, "Tom thanked Anna and left the lake, sad about the red kite.", "feeling"),
+        (1, "Some days later, Tom went to the lake.", "grammar"),
+        (1, "A week later, Tom went to the lake.", "order"),
         (2, "Then the kite got stuck in a tree.", "order"),
-        (2, "he carried his red kite.", "grammar"),
-        (2, "He carried his red red kite.", "grammar"),
-        (2, "He carried his red kite", "grammar"),
+        (2, "he skipped flat stones and held his red kite.", "grammar"),
+        (2, "He skipped flat stones and held his red red kite.", "grammar"),
+        (2, "He skipped flat stones and held his red kite", "grammar"),
         (2, "", "grammar"),
     ],
 )
@@ -249,7 +284,7 @@ def test_missing_extra_and_empty_sentences() -> None:
     assert check_story(" ".join(EXAMPLE[:5])).broken == "order"
     assert check_story(" ".join((*EXAMPLE, EXAMPLE[5]))).broken == "order"
     assert check_story("  ".join(EXAMPLE)).broken == "grammar"
-    assert check_story(" ".join(EXAMPLE[:5]) + " Tom hugged").broken == "grammar"
+    assert check_story(" ".join(EXAMPLE[:5]) + " Tom thanked").broken == "grammar"
 
 
 # --- the checker on long stories

@@ -1,16 +1,18 @@
 """The built-in corpus `builtin:stories`: short English tales whose parts must agree from the first word to the last.
 
-A short story has six sentences with a fixed arc: opening (hero, place), object, trouble (cause), friend, rescue (the
-deed that fits the cause), ending. Hero, friend, object and place are named again in later sentences, so a text is a
-valid story only when it is right as a whole; `story_checker` decides that from the text alone. A long story is a
-row of such episodes with the same two characters.
+A short story has six sentences with a fixed arc: opening (hero, place), object (and the pastime that fits the place),
+trouble (cause), friend, rescue (the deed that fits the cause), ending. Hero, friend, object, its color and the place
+are named again in later sentences, so a text is a valid story only when it is right as a whole; `story_checker` decides
+that from the text alone. A long story is a row of such episodes with the same two characters.
+
+The choices are few (a story carries about 25 nats), so that a small model can learn the whole language; what makes a
+story hard is that each choice must be remembered from one end of it to the other.
 
 Story i depends on (seed, i) only, so any part of the corpus can be made without the part before it.
 """
 
 import math
 import random
-import re
 from collections.abc import Iterator
 from typing import NamedTuple, TypeVar
 
@@ -22,63 +24,41 @@ _T = TypeVar("_T")
 _MASK = (1 << 64) - 1
 _SHORT, _LONG, _LENGTH_DRAW = 1, 2, 3  # what a random stream is for
 
-# {He} and {his} follow the hero. Slots in FREE_SLOTS are drawn per sentence; the others are bound for the whole story.
-# Two templates of one position differ in a fixed word, and the number of tokens stays between 46 and 58 per story.
+# {He} and {his} follow the hero; every slot is filled once per story. Two templates of one position differ in a fixed
+# word, and the number of tokens stays between 52 and 60 per story.
 OPENING = (
-    "One {weather} {day_part}, {hero} went to the {place}.",
-    "On a {weather} {day_part}, {hero} ran to the {place}.",
-    "It was {weather}, so {hero} walked to the {place}.",
-    "Once {hero} came to the {place_adjective} {place}.",
-    "{hero} visited the {place_adjective} {place} after breakfast.",
+    "One {weather} day, {hero} visited the {place}.",
+    "{hero} went to the {place} on a {weather} day.",
 )
 LATER_OPENING = (
-    "The next {day_part}, {hero} went to the {place_adjective} {place}.",
-    "Some days later, {hero} ran to the {place_adjective} {place}.",
-    "A week later, {hero} walked to the {place_adjective} {place}.",
-    "Soon after that, {hero} came to the {place_adjective} {place}.",
+    "A week later, {hero} went to the {place}.",
+    "Some days later, {hero} visited the {place}.",
+    "Soon after that, {hero} went to the {place}.",
 )
-OBJECT = (
-    "{He} had a {object_adjective} {object}.",
-    "{He} carried {his} {object_adjective} {object}.",
-    "{He} took {his} {object_adjective} {object} along.",
-    "{He} was holding {his} {object_adjective} {object}.",
-)
+OBJECT = ("{He} {pastime} and held {his} {color} {object}.",)
 TROUBLE = (
-    "But soon the {object} {event}.",
     "Then the {object} {event}.",
-    "Suddenly the {object} {event}.",
-    "Before long the {object} {event}.",
+    "Suddenly the {color} {object} {event}.",
 )
 FRIEND = (
-    "{hero} felt {sad}, but {friend} came by.",
-    "{hero} was {sad} until {friend} came along.",
+    "{hero} was {sad} until {friend} came.",
     "{friend} saw that {hero} was {sad}.",
-    "{He} looked {sad} when {friend} came over.",
 )
-RESCUE = (
-    "So {friend} {remedy}.",
-    "Luckily {friend} {remedy}.",
-    "With care {friend} {remedy}.",
-    "{friend} {adverb} {remedy}.",
-)
+RESCUE = ("Luckily {friend} {remedy}.",)
 ENDING = (
-    "{hero} was {glad} and left the {place} with the {object}.",
-    "{hero} hugged {friend} at the {place} and felt {glad}.",
-    "{hero} thanked {friend} and played at the {place} again.",
-    "At the {place}, {hero} was {glad} once more.",
-    "{hero} stayed at the {place} and felt {glad}.",
+    "{hero} and {friend} left the {place} with the {color} {object} and were {glad}.",
+    "{hero} thanked {friend} and left the {place}, {glad} about the {color} {object}.",
 )
 SHORT_ARC = (OPENING, OBJECT, TROUBLE, FRIEND, RESCUE, ENDING)
 LATER_ARC = (LATER_OPENING, *SHORT_ARC[1:])
 
-FREE_SLOTS: dict[str, tuple[str, ...]] = {
+# Slots that need no agreement with a character, a place or a cause: one word of the list, the same wherever it stands.
+WORD_SLOTS: dict[str, tuple[str, ...]] = {
+    "object": words.OBJECTS,
+    "color": words.COLORS,
     "weather": words.WEATHER,
-    "day_part": words.DAY_PARTS,
-    "place_adjective": words.PLACE_ADJECTIVES,
-    "object_adjective": words.OBJECT_ADJECTIVES,
     "sad": words.SAD,
     "glad": words.GLAD,
-    "adverb": words.ADVERBS,
 }
 _NAMES = words.GIRLS + words.BOYS
 _GIRLS = frozenset(words.GIRLS)
@@ -90,7 +70,7 @@ class _Characters(NamedTuple):
 
 
 def short_story(seed: int, index: int) -> str:
-    """Return short story `index` of corpus `seed`: one line of six sentences, 46 to 58 words and marks.
+    """Return short story `index` of corpus `seed`: one line of six sentences, 52 to 60 words and marks.
 
     Any integers >= 0 (below 2**64) are allowed; anything else raises DataError.
     """
@@ -135,22 +115,18 @@ def stories(seed: int, num_documents: int, long_share: float) -> Iterator[str]:
 def count_stories() -> int:
     """Return the exact number of different short stories.
 
-    It is the product of the choices made: characters, object, place and cause, and per sentence the sum over its
-    templates of the words that fill the free slots. Different choices give different texts: the word lists are disjoint
-    from each other and from the fixed words, so a sentence shows which template made it and what filled each slot, and
-    every choice appears in some sentence whichever templates are drawn. The tests check both conditions.
+    It is the product of the choices made: characters, place, cause, the words of the other slots, and a template per
+    sentence. Different choices give different texts: the word lists are disjoint from each other and from the fixed
+    words, so a sentence shows which template made it and what filled each slot, and every choice appears in some
+    sentence whichever templates are drawn. The tests check both conditions, and count a smaller grammar by making it.
     """
-    bound = len(_NAMES) * (len(_NAMES) - 1) * len(words.OBJECTS) * len(words.PLACES) * len(words.CAUSES)
-    return bound * math.prod(sum(_fillings(template) for template in templates) for templates in SHORT_ARC)
+    agreeing = len(_NAMES) * (len(_NAMES) - 1) * len(words.PLACES) * len(words.CAUSES)
+    return agreeing * math.prod(map(len, WORD_SLOTS.values())) * math.prod(map(len, SHORT_ARC))
 
 
 def count_words(text: str) -> int:
     """Return the number of words, full stops and commas in a story."""
     return text.count(" ") + 1 + text.count(".") + text.count(",")
-
-
-def _fillings(template: str) -> int:
-    return math.prod(len(FREE_SLOTS[slot]) for slot in re.findall(r"{(\w+)}", template) if slot in FREE_SLOTS)
 
 
 def _stream(seed: int, index: int, kind: int) -> random.Random:
@@ -185,6 +161,7 @@ def _draw_characters(rng: random.Random) -> _Characters:
 
 
 def _episode(rng: random.Random, characters: _Characters, arc: tuple[tuple[str, ...], ...]) -> str:
+    place = _pick(rng, words.PLACES)
     cause = _pick(rng, words.CAUSES)
     is_girl = characters.hero in _GIRLS
     values = {
@@ -192,11 +169,11 @@ def _episode(rng: random.Random, characters: _Characters, arc: tuple[tuple[str, 
         "friend": characters.friend,
         "He": "She" if is_girl else "He",
         "his": "her" if is_girl else "his",
-        "object": _pick(rng, words.OBJECTS),
-        "place": _pick(rng, words.PLACES),
+        "place": place.name,
+        "pastime": place.pastime,
         "event": cause.event,
         "remedy": cause.remedy,
     }
-    for slot, options in FREE_SLOTS.items():
+    for slot, options in WORD_SLOTS.items():
         values[slot] = _pick(rng, options)
     return " ".join([_pick(rng, templates).format_map(values) for templates in arc])

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -17,6 +16,7 @@ from ldlm_cli.errors import LdlmError, StoppedBySignal
 from ldlm_cli.recipe.schema import StageRecipe, TrainingRecipe
 from ldlm_cli.runtime import Runtime
 from ldlm_cli.training.ema import build_ema
+from ldlm_cli.training.muon import Together
 from ldlm_cli.training.optimizer import build_optimizer, clip_parts, lr_at
 
 
@@ -45,7 +45,7 @@ class StageState:
     """All of a stage that must survive a restart."""
 
     task: Task
-    optimizer: torch.optim.Optimizer
+    optimizer: Together
     ema: AveragedModel
     step: int = 0
     stopped: bool = False
@@ -87,7 +87,7 @@ def run_stage(
         batch = order.batch_at(step)
         learning_rate = lr_at(step, stage.steps, stage.optimizer)
         for group in state.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["rate"]
         shares = runtime.share_of_rows(len(batch.token_ids), stage.micro_batches)
         for number, rows in enumerate(shares):
             with runtime.accumulate(prepared, last=number + 1 == len(shares)):
