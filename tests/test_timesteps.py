@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ldlm_cli.core.timesteps import AdaptiveTimesteps, Array, UniformTimesteps, isotonic_increasing
+from ldlm_cli.core.timesteps import AdaptiveTimesteps, Array, UniformTimesteps, isotonic_increasing, spread
 from ldlm_cli.recipe.load import load_recipe
 from ldlm_cli.recipe.schema import TimesRecipe
 
@@ -156,3 +156,14 @@ def test_times_are_refreshed_ten_times_in_the_base_recipe() -> None:
     feed(times, stage.times.refresh_steps, batch=rows)
     assert times.maybe_refresh(stage.times.refresh_steps)
     assert math.isclose(times.probabilities.sum(), 1)
+
+
+def test_spread_keeps_the_sum_and_shares_a_jump_with_its_neighbours() -> None:
+    jump = np.zeros(9)
+    jump[4] = 9.0
+    assert spread(jump).tolist() == [0, 0, 1, 2, 3, 2, 1, 0, 0]
+    for place in range(9):  # also at the ends, where the kernel is mirrored
+        single = np.zeros(9)
+        single[place] = 1.0
+        assert spread(single).sum() == pytest.approx(1.0)
+    assert spread(np.full(6, 0.5)) == pytest.approx(np.full(6, 0.5))
