@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from ldlm_cli.core.layers import AdaptiveNormBlock, LlamaBlock, PerceiverBlock
 from ldlm_cli.recipe.schema import OptimizerRecipe
 from ldlm_cli.training.muon import Muon, orthogonalize
-from ldlm_cli.training.optimizer import build_optimizer
+from ldlm_cli.training.optimizer import FUSED, build_optimizer
 
 SHAPES = [(24, 16), (16, 24), (16, 16), (24, 16)]
 
@@ -74,6 +75,32 @@ def test_muon_takes_the_matrices_of_blocks_only() -> None:
     assert len(rates) == 5
     assert decays[id(part.queries)] == decays[id(part.out.bias)] == 0.0
     assert decays[id(part.out.weight)] == decays[id(part.blocks[0].weight)] == recipe.weight_decay
+
+
+def test_stacked_maps_take_the_steps_they_would_take_alone() -> None:
+    gradients = [scale * weight.detach()[:16, :16] for scale, weight in zip((1.0, 1e-3, 5.0), weights(7), strict=False)]
+    stacked = nn.Parameter(torch.zeros(48, 16))
+    alone = [nn.Parameter(torch.zeros(16, 16)) for _ in gradients]
+    stacked.grad = torch.cat(gradients)
+    for weight, gradient in zip(alone, gradients, strict=True):
+        weight.grad = gradient
+    Muon([{"params": [stacked], "pieces": 3}], lr=0.01).step()
+    Muon(alone, lr=0.01).step()
+    assert torch.allclose(stacked, torch.cat(list(alone)), atol=1e-7)
+    assert stacked[16:32].abs().mean() > 1e-4  # the map with the small gradient moves as far as the others
+
+
+def test_every_stacked_map_of_the_layers_is_known() -> None:
+    part = nn.ModuleDict(
+        {"blocks": nn.ModuleList([AdaptiveNormBlock(16, 2), PerceiverBlock(16, 2), LlamaBlock(16, 2)])}
+    )
+    pieces = {
+        names[-2]: weight.shape[0] // 16
+        for names, weight in ((key.split("."), weight) for key, weight in part.named_parameters())
+        if weight.ndim == 2 and names[-2] not in ("out", "up", "down")
+    }
+    pieces["gate_up"] //= 4  # each of its two maps is four times as wide
+    assert pieces == FUSED
 
 
 def test_state_survives_a_round_trip() -> None:

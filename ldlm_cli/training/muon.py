@@ -41,11 +41,13 @@ class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalised; the step has the root mean square of an AdamW step at the same rate.
 
     Source: K. Jordan, Muon (2024); the factor 0.2 sqrt(max(rows, columns)) from arXiv 2502.16982, Sec. 2.2.
-    Takes matrices only (two dimensions).
+    Takes matrices only (two dimensions). A group may say `pieces`: its matrices are that many maps stacked by rows
+    (queries, keys and values, say), each orthogonalised by itself; together, the one with the largest gradient would
+    take the whole step.
     """
 
     def __init__(self, params: Iterable[Any], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "pieces": 1})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -59,9 +61,11 @@ class Muon(torch.optim.Optimizer):
                 buffers = [self._momentum(weight) for weight in weights]
                 gradients = [weight.grad for weight in weights if weight.grad is not None]
                 torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
-                updates = orthogonalize(torch.stack(torch._foreach_lerp(gradients, buffers, group["momentum"])))
+                steps = torch.stack(torch._foreach_lerp(gradients, buffers, group["momentum"]))
+                height = rows // group["pieces"]
+                updates = orthogonalize(steps.view(-1, height, columns)).reshape(-1, rows, columns)
                 torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-                step_size = group["lr"] * 0.2 * max(rows, columns) ** 0.5
+                step_size = group["lr"] * 0.2 * max(height, columns) ** 0.5
                 torch._foreach_add_(weights, list(updates.unbind()), alpha=-step_size)
 
     def _momentum(self, weight: Tensor) -> Tensor:

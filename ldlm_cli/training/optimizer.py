@@ -23,6 +23,10 @@ def lr_at(step: int, total_steps: int, recipe: OptimizerRecipe) -> float:
     return recipe.learning_rate * (recipe.final_share + (1 - recipe.final_share) * cosine)
 
 
+FUSED = {"qkv": 3, "stream_qkv": 3, "context_kv": 2, "gate_up": 2, "modulation": 6}
+"""Linear maps of core.layers that hold several maps stacked by rows, and how many."""
+
+
 def build_optimizer(parts: nn.ModuleDict, recipe: OptimizerRecipe) -> Together:
     """AdamW, or Muon for the matrices inside blocks and AdamW for the rest; each group with its rate's share.
 
@@ -31,25 +35,27 @@ def build_optimizer(parts: nn.ModuleDict, recipe: OptimizerRecipe) -> Together:
     plain: list[dict[str, Any]] = []
     inner: list[dict[str, Any]] = []
     for name, part in parts.items():
-        kinds: dict[str, list[nn.Parameter]] = {"inner": [], "matrix": [], "other": []}
+        kinds: dict[tuple[str, int], list[nn.Parameter]] = {}
         for key, weight in part.named_parameters():
             if weight.requires_grad:
-                kinds[_kind(key, weight, recipe)].append(weight)
-        plain.append({"params": kinds["matrix"], "weight_decay": recipe.weight_decay, "part": name, "rate": 1.0})
-        plain.append({"params": kinds["other"], "weight_decay": 0.0, "part": name, "rate": 1.0})
-        inner.append({"params": kinds["inner"], "weight_decay": recipe.weight_decay, "part": name})
-        inner[-1]["rate"] = recipe.matrix_learning_rate / recipe.learning_rate
-    plain, inner = [[group for group in groups if group["params"]] for groups in (plain, inner)]
+                kinds.setdefault(_kind(key, weight, recipe), []).append(weight)
+        for (kind, pieces), weights in kinds.items():
+            group = {"params": weights, "part": name, "weight_decay": 0.0 if kind == "other" else recipe.weight_decay}
+            if kind == "inner":
+                inner.append(group | {"rate": recipe.matrix_learning_rate / recipe.learning_rate, "pieces": pieces})
+            else:
+                plain.append(group | {"rate": 1.0})
     betas = (recipe.beta1, recipe.beta2)
     adamw = torch.optim.AdamW(plain, lr=recipe.learning_rate, betas=betas, eps=recipe.eps, fused=True)
     return Together([adamw, *([Muon(inner, lr=recipe.matrix_learning_rate)] if inner else [])])
 
 
-def _kind(key: str, weight: nn.Parameter, recipe: OptimizerRecipe) -> str:
-    """Which group a weight belongs to; blocks are called `blocks` here and `layers` in transformers."""
-    if recipe.kind == "muon" and weight.ndim == 2 and {"blocks", "layers"} & set(key.split(".")):
-        return "inner"
-    return "matrix" if weight.ndim >= 2 and "queries" not in key else "other"
+def _kind(key: str, weight: nn.Parameter, recipe: OptimizerRecipe) -> tuple[str, int]:
+    """Which group a weight belongs to, and how many maps it stacks; blocks are called `layers` in transformers."""
+    names = key.split(".")
+    if recipe.kind == "muon" and weight.ndim == 2 and {"blocks", "layers"} & set(names):
+        return "inner", FUSED.get(names[-2], 1)
+    return "matrix" if weight.ndim >= 2 and "queries" not in key else "other", 1
 
 
 def clip_parts(parts: nn.ModuleDict, max_norm: float) -> dict[str, torch.Tensor]:
