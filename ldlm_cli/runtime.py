@@ -17,17 +17,16 @@ from ldlm_cli.errors import LdlmError
 
 
 def faster_precision() -> str:
-    """`bf16` on a GPU that has it, or on a CPU measured to multiply it much faster than float32; else `fp32`.
+    """`bf16` on a GPU that has it, or on a CPU with matrix units for it; else `fp32`.
 
-    CPUs that announce bfloat16 differ: some multiply it five times faster than float32, some at half the speed.
+    A CPU that only announces bfloat16 vectors (avx512_bf16) multiplies it at half the speed of float32, one with
+    matrix units (AMX) at five times. Read from the machine's flags, not timed: a timing on a busy machine may come out
+    either way, and two commands on one machine must not sample different texts.
     """
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    seconds = {dtype: _matmul_seconds(dtype) for dtype in (torch.float32, torch.bfloat16)}
-    return "bf16" if seconds[torch.bfloat16] * MUCH_FASTER < seconds[torch.float32] else "fp32"
-
-
-MUCH_FASTER = 1.5
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.12
+    return "bf16" if capabilities.get("amx_bf16", False) else "fp32"
 
 
 def _matmul_seconds(dtype: torch.dtype, device: str = "cpu") -> float:
@@ -81,7 +80,7 @@ class Runtime:
         if precision == "auto":
             chosen = [faster_precision()]
             if accelerator.num_processes > 1:
-                broadcast_object_list(chosen)  # a timing: processes may disagree, the first one's answer counts
+                broadcast_object_list(chosen)  # machines may differ: the first one decides
             precision = chosen[0]
         return cls(accelerator, precision)
 

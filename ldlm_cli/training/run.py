@@ -55,7 +55,7 @@ def run_recipe(
     manifest = read_manifest(folder)
     if manifest is not None:
         refuse_changes(recipe, plan, manifest, folder)
-        runtime.precision = manifest["precision"]  # `auto` is a timing and might be decided otherwise today
+        runtime.precision = manifest["precision"]  # `auto` may mean another on the machine that resumes
         if manifest.get("finished"):
             return {"run": str(folder), "status": "already finished"}
     started = time.perf_counter()
