@@ -82,7 +82,9 @@ class LatentObjective(nn.Module):
         sums: dict[str, Tensor] = {}
         text_diffusion = None
         if "hidden" in self.weights or "token" in self.weights:
-            noised = z_0 + self.decoder_noise_std * draws.noise[1] if self.decoder_noise_std > 0 else z_0
+            # sigma_dec is defined on the encoder's own scale; a sequential plan standardises z_0 after it.
+            noise = self.decoder_noise_std * draws.noise[1] / self.model.latent_normalizer.std
+            noised = z_0 + noise if self.decoder_noise_std > 0 else z_0
             h_hat = self.model.decode_hidden(noised, latent_mask, token_mask)
             if "hidden" in self.weights:
                 per_token = (h_hat.float() - h).square().mean(-1)

@@ -47,7 +47,15 @@ class BatchOrder:
     """
 
     def __init__(
-        self, split: TokenSplit, *, window_tokens: int, batch_tokens: int, packing: str, seed: int, pad_id: int
+        self,
+        split: TokenSplit,
+        *,
+        window_tokens: int,
+        batch_tokens: int,
+        packing: str,
+        seed: int,
+        pad_id: int,
+        first_step: int = 0,
     ) -> None:
         """Lay out the epochs.
 
@@ -58,6 +66,7 @@ class BatchOrder:
             packing: "document" or "pack".
             seed: >= 0.
             pad_id: id written where the mask is False.
+            first_step: steps of this order that an earlier stage has taken; batch 0 is the one after them.
         Raises:
             DataError: the corpus does not fill one batch.
             UsageError: a setting out of range.
@@ -71,6 +80,7 @@ class BatchOrder:
             )
         self._stream, self._offsets, self._lengths = split.stream, split.offsets, split.lengths
         self._window, self._packing, self._seed, self._pad_id = window_tokens, packing, seed, pad_id
+        self._first_step = first_step
         self._cached: tuple[int, _Plan] | None = None
         if packing == "pack":
             self._widths = np.array([window_tokens])
@@ -91,11 +101,11 @@ class BatchOrder:
             )
 
     def batch_at(self, step: int) -> Batch:
-        """Return the batch of optimizer step `step` (>= 0, counted over all epochs).
+        """Return the batch of optimizer step `step` (>= 0, counted over all epochs, after `first_step`).
 
         N is the longest row, rounded up to a multiple of 8 but not beyond the window; padding ends a row.
         """
-        epoch, number = divmod(step, self.steps_per_epoch)
+        epoch, number = divmod(self._first_step + step, self.steps_per_epoch)
         if self._cached is None or self._cached[0] != epoch:
             self._cached = (epoch, self._pack_plan(epoch) if self._packing == "pack" else self._document_plan(epoch))
         plan = self._cached[1]

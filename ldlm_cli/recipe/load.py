@@ -6,7 +6,7 @@ import importlib.resources
 import os
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import yaml
 
 from ldlm_cli.errors import RecipeError
 from ldlm_cli.recipe.check import check_tree, nearest_name, show_value, unknown_name
+from ldlm_cli.recipe.resolve import merge, resolve_stages, with_references
 from ldlm_cli.recipe.schema import Recipe
 
 # YAML 1.1 reads 1e-4 as text, because it wants a dot and a signed exponent; a rate written so must be a number.
@@ -109,16 +110,6 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
-    """`change` over `base`: mappings are merged key by key, everything else (lists, plans) is replaced."""
-    merged = dict(base)
-    for key, value in change.items():
-        old = merged.get(key)
-        both = isinstance(old, Mapping) and isinstance(value, Mapping) and key != "plans"
-        merged[key] = _merge(old, value) if both else value  # type: ignore[arg-type]
-    return merged
-
-
 def _find_parent(name: object, child: Path) -> Path:
     if not isinstance(name, str):
         raise RecipeError(f"recipe {child}: extends must be the name of one recipe, not {show_value(name)}")
@@ -151,7 +142,7 @@ def _resolve(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
     # A child is another recipe: it does not inherit what its parent is called.
     parent.pop("name", None)
     parent.pop("description", None)
-    return _merge(parent, content)
+    return merge(parent, content)
 
 
 def _parse_override(override: str) -> tuple[list[str], Any]:
@@ -166,16 +157,23 @@ def _parse_override(override: str) -> tuple[list[str], Any]:
         return keys, text
 
 
-def _apply(tree: dict[str, Any], override: str, label: str) -> None:
-    """Set one dotted key in the resolved tree; every section on the way must exist already."""
+def _apply(tree: dict[str, Any], known: dict[str, Any], override: str, label: str) -> None:
+    """Set one dotted key in `tree`; every section on the way must exist there already, or in the resolved tree `known`.
+
+    A stage that extends another holds in `tree` only what it changes.
+    """
     keys, value = _parse_override(override)
     here: Any = tree
     for depth, key in enumerate(keys[:-1]):
-        if key not in here:
-            raise RecipeError(f"{label}: {unknown_name('.'.join(keys[: depth + 1]), key, list(here), 'section')}")
-        here = here[key]
-        if not isinstance(here, dict):
-            raise RecipeError(f"{label}: {'.'.join(keys[: depth + 1])} is a value, not a section with fields")
+        dotted = ".".join(keys[: depth + 1])
+        found = here.get(key, known.get(key))
+        if key not in here and key not in known:
+            raise RecipeError(f"{label}: {unknown_name(dotted, key, list(known), 'section')}")
+        if not isinstance(found, dict):
+            raise RecipeError(f"{label}: {dotted} is a value, not a section with fields")
+        resolved = known.get(key)
+        known = resolved if isinstance(resolved, dict) else found
+        here = here.setdefault(key, {})
     here[keys[-1]] = value
 
 
@@ -191,13 +189,17 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         RecipeError: not found, not YAML, or a field that is unknown, ill-typed or out of range; one sentence.
     """
     path = find_recipe(name_or_path)
-    recipe, problems = check_tree(_content(path), f"recipe {path}")
+    content, label = _content(path), f"recipe {path}"
+    recipe, problems = check_tree(resolve_stages(content, label), label)
     if recipe is not None and overrides:
-        # On the resolved tree, so that an override changes one field and never hides a default beside it.
-        tree = recipe.model_dump(mode="json")
+        # On the resolved tree, so that an override changes one field and never hides a default beside it; but a stage
+        # that refers to another still does, and follows what is overridden there.
+        known = recipe.model_dump(mode="json")
+        tree = with_references(known, content)
         for override in overrides:
-            _apply(tree, override, f"recipe {path} with --set {override}")
-        recipe, problems = check_tree(tree, f"recipe {path} with --set {' --set '.join(overrides)}")
+            _apply(tree, known, override, f"{label} with --set {override}")
+        label = f"{label} with --set {' --set '.join(overrides)}"
+        recipe, problems = check_tree(resolve_stages(tree, label), label)
     if recipe is None:
         more = f" ({len(problems) - 1} more: `ldlm recipes validate` lists all)" if len(problems) > 1 else ""
         raise RecipeError(problems[0] + more)
@@ -208,7 +210,8 @@ def validate_recipe(name_or_path: str | Path) -> list[str]:
     """Every problem of a recipe, a sentence each; empty when it is valid."""
     try:
         path = find_recipe(name_or_path)
-        return check_tree(_content(path), f"recipe {path}")[1]
+        label = f"recipe {path}"
+        return check_tree(resolve_stages(_content(path), label), label)[1]
     except RecipeError as error:
         return [str(error)]
 

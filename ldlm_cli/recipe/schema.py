@@ -180,6 +180,8 @@ class StageRecipe(Section):
 
     kind: Literal["language_model", "latent"] = "latent"
     steps: int = Field(1000, ge=1)
+    """Optimizer steps; in a file also a share of another stage's, {of: joint, from: 0.0, to: 0.5}. There a stage may
+    also say `extends: <stage>` and only what it changes. See recipe/resolve.py."""
     batch_tokens: int = Field(4096, ge=1)
     """Tokens of the global batch of one optimizer step, padding included."""
     micro_batches: int = Field(1, ge=1)

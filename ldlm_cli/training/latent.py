@@ -27,9 +27,15 @@ HEALTHY_STD = (0.3, 3.0)
 
 
 class LatentTask:
-    """One stage of latent training. See training.loop.Task."""
+    """One stage of latent training. See training.loop.Task.
 
-    def __init__(self, model: LDLM, recipe: Recipe, stage: StageRecipe, stage_index: int, runtime: Runtime) -> None:
+    Args:
+        place: see training.stage_loop.place_in_training.
+    """
+
+    def __init__(
+        self, model: LDLM, recipe: Recipe, stage: StageRecipe, place: tuple[int, int], runtime: Runtime
+    ) -> None:
         for name, part in model.parts.items():
             part.requires_grad_(name in stage.trains)
         self.model, self.stage, self.runtime = model, stage, runtime
@@ -39,7 +45,8 @@ class LatentTask:
         share = recipe.diffusion.self_conditioning_share
         self.module: LatentObjective = LatentObjective(model, stage, schedule, share).to(runtime.device)
         self.times, self.gate = TIMESTEPS[stage.times.kind](stage.times), Gate(stage.gate)
-        self.address = (recipe.seed + stage.seed_offset, NOISE_STREAM, stage_index)
+        began, self.steps_before = place
+        self.address = (recipe.seed + stage.seed_offset, NOISE_STREAM, began)
         self.has_diffusion = stage.losses.get("diffusion", 0) > 0
         self.pending: list[tuple[Tensor, Tensor, Tensor]] = []  # t, loss, weight of texts since the last reduction
         self.pending_steps: list[int] = []
@@ -56,8 +63,9 @@ class LatentTask:
     def loss(self, prepared: nn.Module, batch: Batch, rows: list[int], step: int, measure: bool) -> Tensor:
         ids, mask, weight = rows_to_tensors(batch, rows, self.runtime.device)
         latents = self.model.layout.count(ids.shape[1])
+        address = (*self.address, self.steps_before + step)
         draws = draw_rows(
-            [max(row, 0) for row in rows], latents, self.model.latent_width, self.runtime.device, *self.address, step
+            [max(row, 0) for row in rows], latents, self.model.latent_width, self.runtime.device, *address
         )
         t = torch.from_numpy(self.times.times(draws.uniform[:, 0].numpy()))
         global_mask = torch.from_numpy(batch.mask)
@@ -127,7 +135,11 @@ class LatentTask:
         moments.count, moments.total = float(flat[0]), flat[1 : 1 + width]
         moments.outer = flat[1 + width :].view(width, width)
         self.moments = Moments(width)
-        return latent_state(moments.covariance(), self.stage.decoder_noise_std) if moments.count else {}
+        if not moments.count:
+            return {}
+        # On the encoder's own scale, on which sigma_dec is defined, also where the plan standardises latents.
+        std = self.model.latent_normalizer.std.double().cpu()
+        return latent_state(moments.covariance() * torch.outer(std, std), self.stage.decoder_noise_std)
 
     def state_dict(self) -> dict[str, Any]:
         if self.pending:

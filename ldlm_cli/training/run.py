@@ -23,7 +23,8 @@ from ldlm_cli.training.run_folder import (
     run_folder,
     write_manifest,
 )
-from ldlm_cli.training.stages import RUN_STAGE, Reporter, Run, finish_stage
+from ldlm_cli.training.stage_loop import Reporter, Run, finish_stage
+from ldlm_cli.training.stages import RUN_STAGE
 
 
 def run_recipe(

@@ -14,7 +14,7 @@ from ldlm_cli.recipe.sweep import SweepEntry
 from ldlm_cli.runtime import Runtime
 from ldlm_cli.training.run import run_recipe
 from ldlm_cli.training.run_folder import read_manifest, refuse_changes, run_folder
-from ldlm_cli.training.stages import Reporter
+from ldlm_cli.training.stage_loop import Reporter
 
 
 @dataclass(frozen=True)
