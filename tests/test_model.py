@@ -7,6 +7,7 @@ import pytest
 import torch
 from builders import CPU, TOWERS, VOCAB, draws_of, model_recipe, random_batch, tiny_model
 
+from ldlm_cli.core.cosmos_denoiser import CosmosDenoiser
 from ldlm_cli.core.draws import draw_rows, seed_at
 from ldlm_cli.core.model import LDLM, PARTS, build_parts, parameters_by_part
 from ldlm_cli.core.normalizer import Moments, Normalizer, latent_state, whitening_matrix
@@ -14,7 +15,7 @@ from ldlm_cli.core.objective import LatentObjective
 from ldlm_cli.core.schedule import TangentSchedule
 from ldlm_cli.errors import SnapshotError, UsageError
 from ldlm_cli.recipe.load import load_recipe
-from ldlm_cli.recipe.schema import Recipe, StageRecipe
+from ldlm_cli.recipe.schema import LatentRecipe, Recipe, StageRecipe, TowerRecipe
 
 PAPER_MILLIONS = {"latent_encoder": 49.6, "latent_decoder": 49.6, "token_decoder": 66.9, "denoiser": 132.0}
 
@@ -219,3 +220,32 @@ def test_the_model_can_learn_eight_sentences_by_heart() -> None:
     print(f"token accuracy {accuracy:.3f}, diffusion {first:.3f} -> {last:.3f}, {time.perf_counter() - started:.1f} s")
     assert accuracy > 0.99
     assert last < 0.5 * first
+
+
+def test_the_cosmos_network_has_the_size_of_the_authors() -> None:
+    """129.8M at width 768 and 12 layers; 131.8M with the maps in and out and 1,024 positions (method.md 2.1)."""
+    latents = LatentRecipe(width=768, kind="slots", slots=1024)
+    with torch.device("meta"):
+        network = CosmosDenoiser(latents, TowerRecipe(layers=12, heads=12))
+    around = (network.project_in.weight.numel() + 768) + (network.out.weight.numel() + 768) + 1024 * 768
+    whole = sum(parameter.numel() for parameter in network.parameters())
+    assert round(whole / 1e6, 1) == 131.8
+    assert round((whole - around) / 1e6, 1) == 129.8
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3, 4])
+def test_the_cosmos_network_uses_all_its_inputs_and_weights(layers: int) -> None:
+    torch.manual_seed(0)
+    network = CosmosDenoiser(LatentRecipe(width=16), TowerRecipe(layers=layers, heads=2))
+    z_t, z_self = (torch.randn(2, 5, 16, requires_grad=True) for _ in range(2))
+    mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    t = torch.tensor([0.2, 0.7])
+    assert not network(z_t, t, z_self, mask).any()  # the first estimate is zero
+    torch.nn.init.normal_(network.out.weight)
+    estimate = network(z_t, t, z_self, mask)
+    estimate[mask].square().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in network.parameters())
+    assert all(given.grad is not None and given.grad[0].any() for given in (z_t, z_self))
+    assert not torch.equal(network(z_t, t.flip(0), z_self, mask), estimate)
+    changed = torch.where(mask[..., None], z_t, 9.0)
+    torch.testing.assert_close(network(changed, t, z_self, mask)[mask], estimate[mask])

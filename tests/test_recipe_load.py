@@ -137,6 +137,67 @@ def test_a_circle_and_a_missing_parent_are_refused(write):
     assert "must be the name of one recipe" in problem(write("extends: [a, b]"))
 
 
+# ---- stages by reference
+
+STAGES = """
+stages:
+  joint: {steps: 101, batch_tokens: 64, losses: {hidden: 2}, gate: {warmup_steps: 7}}
+  first: {extends: joint, steps: {of: joint, from: 0.0, to: 0.5}, gate: {kind: one}}
+  second: {extends: first, steps: {of: joint, from: 0.5, to: 1.0}, losses: {hidden: 0, token: 1}}
+  third: {extends: bare, losses: {diffusion: 0}}
+  bare: {batch_tokens: 32}
+plans: {joint: [joint]}
+"""
+
+
+def test_a_stage_extends_a_stage_and_takes_a_share_of_its_steps(write, tmp_path):
+    recipe = load_recipe(write(STAGES))
+    first, second = recipe.stages["first"], recipe.stages["second"]
+    assert first.batch_tokens == second.batch_tokens == 64
+    assert (first.gate.kind, first.gate.warmup_steps) == ("one", 7)
+    assert first.losses == {"hidden": 2}
+    assert second.losses == {"hidden": 0, "token": 1}
+    assert first.steps + second.steps == 101
+    assert recipe.stages["third"].losses == {"diffusion": 0, "hidden": 1, "token": 1}  # the default's others
+    dump_recipe(recipe, tmp_path / "resolved.yaml")  # plain numbers
+    assert load_recipe(tmp_path / "resolved.yaml") == recipe.model_copy(update={"name": recipe.name})
+    assert "extends" not in (tmp_path / "resolved.yaml").read_text()
+
+
+def test_stages_by_reference_follow_overrides_and_take_their_own(write):
+    path = write(STAGES)
+    recipe = load_recipe(path, ["stages.joint.steps=50", "stages.joint.gate.minimum=0.5"])
+    assert [recipe.stages[name].steps for name in ("first", "second")] == [25, 25]
+    assert recipe.stages["second"].gate.minimum == 0.5
+    recipe = load_recipe(path, ["stages.first.optimizer.beta1=0.5", "stages.second.steps=9"])
+    assert recipe.stages["first"].optimizer.beta1 == recipe.stages["second"].optimizer.beta1 == 0.5
+    assert recipe.stages["joint"].optimizer.beta1 == 0.9
+    assert recipe.stages["second"].steps == 9
+    recipe = load_recipe(path, ["stages.first.steps.to=0.3", "stages.second.steps.from=0.3"])
+    assert [recipe.stages[name].steps for name in ("first", "second")] == [30, 71]
+
+
+@pytest.mark.parametrize(
+    ("first", "words"),
+    [
+        ("extends: jiont", "stages.first.extends is 'jiont', which is no stage; did you mean 'joint'?"),
+        ("extends: first", "stages.first.extends goes round in a circle: first -> first"),
+        ("extends: 3", "stages.first.extends is 3, which is no stage"),
+        ("steps: {of: nothing, from: 0, to: 1}", "stages.first.steps.of is 'nothing', which is no stage"),
+        ("steps: {of: first, from: 0, to: 1}", "stages.first.steps.of goes round in a circle"),
+        ("steps: {of: joint, from: 0.5, to: 0.5}", "must be a whole number, or a share such as"),
+        ("steps: {of: joint, to: 0.5}", "must be a whole number, or a share such as"),
+        ("steps: {of: joint, from: 0, to: true}", "must be a whole number, or a share such as"),
+        ("steps: {of: joint, from: 0.0, to: 0.001}", "stages.first.steps is 0"),
+        ("extends: joint, stepz: 3", "stages.first.stepz is not a field; did you mean 'steps'?"),
+    ],
+)
+def test_a_wrong_reference_is_one_sentence(write, first, words):
+    path = write(f"stages: {{joint: {{steps: 10}}, first: {{{first}}}}}\nplans: {{joint: [joint]}}")
+    assert words in problem(path)
+    assert len(validate_recipe(path)) == 1
+
+
 # ---- overrides
 
 

@@ -7,6 +7,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
+from ldlm_cli.core.cosmos_denoiser import CosmosDenoiser
 from ldlm_cli.core.denoiser import Denoiser
 from ldlm_cli.core.latent_decoder import LatentDecoder
 from ldlm_cli.core.latent_encoder import LatentEncoder, LatentLayout
@@ -17,6 +18,7 @@ from ldlm_cli.errors import SnapshotError
 from ldlm_cli.recipe.schema import Recipe
 
 PARTS = ("latent_encoder", "denoiser", "latent_decoder", "token_decoder")
+DENOISERS = {"dit": Denoiser, "cosmos": CosmosDenoiser}
 
 
 class LDLM(nn.Module):
@@ -68,7 +70,7 @@ def build_parts(recipe: Recipe, vocab_size: int, names: Collection[str] = PARTS)
     model, hidden = recipe.model, recipe.token_encoder.width
     builders = {
         "latent_encoder": lambda: LatentEncoder(model.latents, model.latent_encoder, hidden),
-        "denoiser": lambda: Denoiser(model.latents, model.denoiser),
+        "denoiser": lambda: DENOISERS[model.denoiser.kind](model.latents, model.denoiser),
         "latent_decoder": lambda: LatentDecoder(model.latents, model.latent_decoder, hidden),
         "token_decoder": lambda: TokenDecoder(hidden, model.token_decoder, vocab_size),
     }

@@ -3,13 +3,14 @@
     h = token_encoder(tokens)                       no gradient
     z_0 = latent_encoder(h)
     L_h    = mean |h - latent_decoder(z_0 + sigma_dec eps')|^2      to latent encoder and latent decoder
-    L_w    = CE(tokens, token_decoder(sg(h_hat)))                  to the token decoder only
+    L_w    = CE(tokens, token_decoder(sg(h_hat)))                  to the token decoder only (or further: an ablation)
     L_diff = mean |z_g - denoiser(alpha z_g + sigma eps, t, sc)|^2  to the denoiser; times gamma to the latent encoder
 with z_g = sg(z_0) + gamma (z_0 - sg(z_0)). Source: arXiv 2605.07933, Eq. (2), Sec. 4-5 as reconstructed (method.md 3).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,12 @@ from ldlm_cli.core.model import LDLM
 from ldlm_cli.core.process import add_noise
 from ldlm_cli.core.schedule import NoiseSchedule
 from ldlm_cli.recipe.schema import StageRecipe
+
+TOKEN_INPUT: dict[str, Callable[[Tensor], Tensor]] = {
+    "token_decoder": lambda h_hat: h_hat.detach(),
+    "latent_encoder": lambda h_hat: h_hat,
+}
+"""What the token decoder reads: h_hat behind the method's stop-gradient, or as it is."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,7 @@ class LatentObjective(nn.Module):
         self.model = model
         self.weights = {name: weight for name, weight in stage.losses.items() if weight > 0}
         self.decoder_noise_std = stage.decoder_noise_std
+        self.token_input = TOKEN_INPUT[stage.token_loss_reaches]
         self.schedule, self.self_conditioning = schedule, self_conditioning
 
     def forward(
@@ -108,10 +116,6 @@ class LatentObjective(nn.Module):
             text_diffusion=text_diffusion,
             z_0=z_0.detach()[latent_weight > 0] if keep_latents else None,
         )
-
-    def token_input(self, h_hat: Tensor) -> Tensor:
-        """What the token decoder reads: h_hat behind a stop-gradient, so that L_w trains the token decoder only."""
-        return h_hat.detach()
 
     def diffusion(self, z_0: Tensor, t: Tensor, latent_mask: Tensor, draws: Draws) -> Tensor:
         """Mean squared error of the (self-conditioned) estimate at each latent, [B, L] float32.

@@ -110,6 +110,14 @@ class TowerRecipe(Section):
     dropout: float = Field(0.0, ge=0, lt=1)
 
 
+class DenoiserRecipe(TowerRecipe):
+    """Depth and kind of the denoiser."""
+
+    kind: Literal["dit", "cosmos"] = "dit"
+    """`dit`: adaptive norms, the earlier estimate joined to the input; `cosmos`: Llama-type blocks with long skips,
+    time and earlier estimate added before each."""
+
+
 class ModelRecipe(Section):
     """The trained parts."""
 
@@ -117,7 +125,7 @@ class ModelRecipe(Section):
     latent_encoder: TowerRecipe = TowerRecipe()
     latent_decoder: TowerRecipe = TowerRecipe()
     token_decoder: TowerRecipe = TowerRecipe(layers=1)
-    denoiser: TowerRecipe = TowerRecipe(layers=6)
+    denoiser: DenoiserRecipe = DenoiserRecipe(layers=6)
 
 
 class DiffusionRecipe(Section):
@@ -203,6 +211,9 @@ class StageRecipe(Section):
     trains: tuple[Part, ...] = ("latent_encoder", "denoiser", "latent_decoder", "token_decoder")
     losses: dict[Loss, float] = {"diffusion": 1.0, "hidden": 1.0, "token": 1.0}
     """Weights; a loss that is absent or 0 is not computed."""
+    token_loss_reaches: Literal["token_decoder", "latent_encoder"] = "token_decoder"
+    """How far back the token loss trains: the token decoder only (the method), or through the latent decoder to the
+    latent encoder as well."""
     gate: GateRecipe = GateRecipe()
     times: TimesRecipe = TimesRecipe()
     decoder_noise_std: float = Field(1.65, ge=0)
