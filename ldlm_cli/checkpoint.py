@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldlm_cli import __version__
 from ldlm_cli.core.model import LDLM, PARTS, build_parts
@@ -283,12 +283,20 @@ def freeze(model: LDLM) -> LDLM:
     return model
 
 
-def module_tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+class HasTensors(Protocol):
+    """A module, or anything else whose state is tensors."""
+
+    def state_dict(self) -> Mapping[str, Tensor]: ...
+
+    def load_state_dict(self, state: Mapping[str, Tensor], /) -> Any: ...
+
+
+def module_tensors(modules: Mapping[str, HasTensors]) -> dict[str, Tensor]:
     """All tensors of some modules under dotted names."""
     return {f"{name}.{key}": value for name, module in modules.items() for key, value in module.state_dict().items()}
 
 
-def load_module_tensors(modules: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> None:
+def load_module_tensors(modules: Mapping[str, HasTensors], tensors: Mapping[str, Tensor]) -> None:
     """The inverse of module_tensors; SnapshotError when a tensor is missing or has another shape."""
     for name, module in modules.items():
         own = {key[len(name) + 1 :]: value for key, value in tensors.items() if key.startswith(f"{name}.")}

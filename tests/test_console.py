@@ -38,8 +38,7 @@ def run_stage(reporter: console.TrainingReporter) -> None:
         reporter.stage_started("joint", 0, 2, 100, 10)
         reporter.step_logged(METRICS)
         reporter.preview("Tom had a red ball.\nHe was [bold]glad[/bold].")
-        for value in ("0.1", "0.2"):
-            reporter.alarm(f"latents have collapsed: std {value}")
+        reporter.alarm("latents have collapsed: std 0.1")
         reporter.stage_finished("joint", 80.0)
         reporter.note("done")
 
@@ -53,7 +52,7 @@ def test_without_a_terminal_a_logged_step_is_one_plain_line():
     assert lines[2] == "  preview: Tom had a red ball. He was [bold]glad[/bold]."
     assert lines[3] == "warning: latents have collapsed: std 0.1"
     assert lines[4] == "stage joint finished in 1 min 20 s"
-    assert lines[5] == "warning: 2 times in this stage: latents have collapsed"
+    assert lines[5] == "done"
     assert "\x1b" not in file.getvalue()
 
 

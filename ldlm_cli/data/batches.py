@@ -183,6 +183,15 @@ def held_out_windows(split: TokenSplit, length: int, count: int, pad_id: int) ->
     return Batch(token_ids, np.ones_like(token_ids, dtype=bool)), kind
 
 
+def first_texts(split: TokenSplit, count: int, window_tokens: int, pad_id: int) -> Batch:
+    """Return the first `count` documents of a split (or all it has), cut at the window; draws no randomness."""
+    lengths = np.minimum(split.lengths[:count], window_tokens)
+    columns = np.arange(int(lengths.max()))
+    mask = columns < lengths[:, None]
+    places = np.where(mask, split.offsets[:-1][:count, None] + columns, 0)
+    return Batch(np.where(mask, split.stream[places].astype(np.int64), pad_id), mask)
+
+
 def length_histogram(split: TokenSplit, window_tokens: int, packing: str) -> np.ndarray:
     """Return how many documents have each length, int64 [window_tokens + 1], for drawing the length of new texts.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -240,6 +240,12 @@ class TrainingRecipe(Section):
     keep_checkpoints: int = Field(2, ge=1)
     snapshot_every_steps: int = Field(0, ge=0)
     """Also keep a snapshot this often in latent stages, as snapshots/<stage>-<step>; 0 only at the end."""
+    probe_every_steps: int = Field(100, ge=0)
+    """Measure decoding of held-out texts, estimates and drift this often in latent stages; 0 never."""
+    probe_texts: int = Field(16, ge=2)
+    """Held-out texts of the probe."""
+    drift_lags_steps: tuple[Annotated[int, Field(ge=1)], ...] = (100, 200, 500)
+    """Drift: how well today's decoder reads the latents of this many steps ago."""
     tensorboard: bool = True
 
     @model_validator(mode="after")
@@ -247,7 +253,35 @@ class TrainingRecipe(Section):
         # Sums since the last logged step are not saved; a checkpoint between two would change the next logged row.
         if self.save_every_steps % self.log_every_steps:
             raise ValueError("save_every_steps must be a multiple of log_every_steps")
+        if self.probe_every_steps % self.log_every_steps:
+            raise ValueError("probe_every_steps must be a multiple of log_every_steps")
+        if self.probe_every_steps and any(lag % self.probe_every_steps for lag in self.drift_lags_steps):
+            raise ValueError("drift_lags_steps must be multiples of probe_every_steps")
         return self
+
+
+class GuardRecipe(Section):
+    """The stability guard: what it does, and from where on a logged quantity is taken for a failure."""
+
+    action: Literal["warn", "stop", "off"] = "warn"
+    """`warn`: say the likely cause and the field to change, once a cause and stage; `stop`: end the run too, with exit
+    code 1 and a checkpoint."""
+    grace_steps: int = Field(100, ge=0)
+    """Steps at the beginning of a stage that are not judged."""
+    min_std: float = Field(0.3, ge=0)
+    max_std: float = Field(3.0, gt=0)
+    """Centred std of latents on the encoder's own scale."""
+    min_effective_rank: float = Field(3.0, ge=0)
+    min_diffusion_share: float = Field(0.02, ge=0)
+    """Diffusion loss as a share of the latents' variance, where the encoder hears of it."""
+    min_accuracy: float = Field(0.5, ge=0, le=1)
+    """Token accuracy on noised latents once the gate is half open."""
+    max_accuracy_loss: float = Field(0.2, ge=0, le=1)
+    """Fall of that accuracy below its best."""
+    max_drift_loss: float = Field(0.3, ge=0, le=1)
+    """Accuracy that today's decoder loses on latents of the shortest lag ago."""
+    min_entropy_share: float = Field(0.6, ge=0)
+    """Entropy of samples as a share of that of real text, in the second half of a stage."""
 
 
 class SamplingRecipe(Section):
@@ -289,6 +323,7 @@ class Recipe(Section):
     plans: dict[str, tuple[str, ...]] = {"joint": ("joint",)}
     """A plan is a list of stage names: train-joint runs `joint`, train-sequential `sequential`, train-lm `lm`."""
     training: TrainingRecipe = TrainingRecipe()
+    guard: GuardRecipe = GuardRecipe()
     sampling: SamplingRecipe = SamplingRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
 

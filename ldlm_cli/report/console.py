@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -79,7 +78,6 @@ class TrainingReporter:
         self.silent = silent
         self._progress: Progress | None = None
         self._task = TaskID(0)
-        self._alarms: dict[str, int] = {}
         self._stage, self._steps, self._started_at, self._start_step = "", 0, 0.0, 0
 
     def __enter__(self) -> Self:
@@ -95,7 +93,6 @@ class TrainingReporter:
         if self.silent:
             return
         self._stop()
-        self._alarms = {}
         self._stage, self._steps, self._start_step = name, total_steps, start_step
         self._started_at = time.monotonic()
         resumed = f", resumed at step {start_step:,}" if start_step else ""
@@ -130,19 +127,13 @@ class TrainingReporter:
         self._print(f"  preview: {words[:200]}{'…' if len(words) > 200 else ''}")
 
     def alarm(self, message: str) -> None:
-        """Something that makes the run's result doubtful; the run goes on. Shown once a stage, then counted."""
-        kind = re.sub(r"[0-9.]+", "#", message)
-        self._alarms[kind] = self._alarms.get(kind, 0) + 1
-        if self._alarms[kind] == 1:
-            self._print(f"warning: {message}", style="bold yellow")
+        """Something that makes the run's result doubtful; said once a cause and stage."""
+        self._print(f"warning: {message}", style="bold yellow")
 
     def stage_finished(self, name: str, seconds: float) -> None:
         """A stage has ended after this time, early or not."""
         self._stop()
         self._print(f"stage {name} finished in {duration(seconds)}")
-        for kind, count in self._alarms.items():
-            if count > 1:
-                self._print(f"warning: {count} times in this stage: {kind.partition(':')[0]}", style="bold yellow")
 
     def note(self, message: str) -> None:
         """A line for the user."""

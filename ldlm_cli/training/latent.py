@@ -19,11 +19,13 @@ from ldlm_cli.data.batches import Batch, BatchOrder
 from ldlm_cli.recipe.schema import Recipe, StageRecipe
 from ldlm_cli.runtime import Runtime
 from ldlm_cli.training.language_model import rows_to_tensors
+from ldlm_cli.training.probe import Probe
 
 NOISE_STREAM = 2
 STATISTICS_TOKENS = 65_536
 """Tokens of the training split over which statistics of h (and of z_0) are measured."""
-HEALTHY_STD = (0.3, 3.0)
+TIME_BINS = 5
+"""Equal parts of the time axis by which the diffusion loss is logged."""
 
 
 class LatentTask:
@@ -31,14 +33,21 @@ class LatentTask:
 
     Args:
         place: see training.stage_loop.place_in_training.
+        probe: the held-out texts on which the costlier quantities are measured.
     """
 
     def __init__(
-        self, model: LDLM, recipe: Recipe, stage: StageRecipe, place: tuple[int, int], runtime: Runtime
+        self,
+        model: LDLM,
+        recipe: Recipe,
+        stage: StageRecipe,
+        place: tuple[int, int],
+        probe: Probe,
+        runtime: Runtime,
     ) -> None:
         for name, part in model.parts.items():
             part.requires_grad_(name in stage.trains)
-        self.model, self.stage, self.runtime = model, stage, runtime
+        self.model, self.stage, self.probe, self.runtime = model, stage, probe, runtime
         self.train_mode()
         self.parts = nn.ModuleDict({name: model.part(name) for name in stage.trains})
         schedule = build_schedule(recipe.diffusion.schedule, recipe.diffusion.schedule_scale)
@@ -94,6 +103,8 @@ class LatentTask:
 
     def absorb_times(self) -> None:
         """Give the adaptive times the losses by bin of each step since the last call, summed over processes."""
+        if not self.pending:
+            return
         bins, steps = self.stage.times.bins, sorted(set(self.pending_steps))
         table = np.zeros((len(steps), 2, bins))
         for step, (t, loss, weight) in zip(self.pending_steps, self.pending, strict=True):
@@ -121,10 +132,25 @@ class LatentTask:
         if self.has_diffusion:
             found["encoder_gate"] = self.gate.at(self.last_step + 1)
             found["time_refreshes"] = float(self.times.refreshes)
+            found |= self.loss_by_time()
+        if self.probe.due(self.last_step + 1):
+            found |= self.probe.measure(self.last_step + 1)
+            self.train_mode()
         self.sums, self.counts = {}, {"token": 0, "latent": 0}
         if "token_accuracy" in found:
             self.gate.observe(self.last_step + 1, found["token_accuracy"])
         return found
+
+    def loss_by_time(self) -> dict[str, float]:
+        """Running mean of the diffusion loss in each fifth of the time axis, named by its middle, if any was seen."""
+        self.absorb_times()
+        mean = self.times.mean_losses()
+        parts = np.array_split(mean, TIME_BINS)
+        return {
+            f"diffusion_t{(number + 0.5) / TIME_BINS:.1f}": float(np.nanmean(part))
+            for number, part in enumerate(parts)
+            if len(part) and not np.isnan(part).all()
+        }
 
     def latent_metrics(self) -> dict[str, float]:
         """Latent std, effective rank and measured bits from the latents of the logged step, over all processes."""
@@ -142,31 +168,12 @@ class LatentTask:
         return latent_state(moments.covariance() * torch.outer(std, std), self.stage.decoder_noise_std)
 
     def state_dict(self) -> dict[str, Any]:
-        if self.pending:
-            self.absorb_times()
+        self.absorb_times()
         return {"times": self.times.state_dict(), "gate": self.gate.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.times.load_state_dict(state["times"])
         self.gate.load_state_dict(state["gate"])
-
-
-def latent_alarm(metrics: dict[str, Any], steps: int) -> str | None:
-    """A sentence when the latents have collapsed or inflated after the first tenth of a stage, else None."""
-    std = metrics.get("z_std")
-    if std is None or metrics["step"] < steps / 10:
-        return None
-    if std < HEALTHY_STD[0]:
-        return (
-            f"latents have collapsed: centred std {std:.2f} below {HEALTHY_STD[0]}; the diffusion loss reaches the "
-            "encoder too early or too strongly: lengthen gate.warmup_steps, or set gate.kind to wait"
-        )
-    if std > HEALTHY_STD[1]:
-        return (
-            f"latents have inflated: centred std {std:.2f} above {HEALTHY_STD[1]}, so the decoder noise no longer "
-            "limits them: set model.latents.encoder_norm_gain to false"
-        )
-    return None
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from ldlm_cli import __version__
 from ldlm_cli.data.shards import TokenFolder
@@ -104,7 +105,7 @@ def git_commit() -> str | None:
 
 def refuse_changes(recipe: Recipe, plan: str, manifest: dict[str, Any], folder: Path) -> None:
     """RecipeError when a run folder holds a run of another recipe or plan."""
-    changed = differing_fields(manifest["recipe"], recipe.model_dump(mode="json"))
+    changed = differing_fields(own_part(manifest["recipe"], plan), own_part(recipe.model_dump(mode="json"), plan))
     if manifest["plan"] != plan:
         changed.insert(0, f"plan ({manifest['plan']} there, {plan} now)")
     if changed:
@@ -112,6 +113,17 @@ def refuse_changes(recipe: Recipe, plan: str, manifest: dict[str, Any], folder: 
             f"'{folder}' holds a run of a different recipe; it differs in {', '.join(changed)}: "
             "use --fresh for a new folder, --out for another one, or the same recipe to go on"
         )
+
+
+def own_part(tree: dict[str, Any], plan: str) -> dict[str, Any]:
+    """What of a resolved recipe has a part in a plan, with today's defaults for fields that it was written without."""
+    try:
+        tree = Recipe.model_validate(tree).model_dump(mode="json")
+    except ValidationError:  # written by an ldlm with other fields: compared as it is
+        return tree
+    own = tree["plans"].get(plan, ())
+    stages = {name: stage for name, stage in tree["stages"].items() if name in own}
+    return tree | {"stages": stages, "plans": {plan: own}}
 
 
 def differing_fields(old: Any, new: Any, where: str = "") -> list[str]:

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from ldlm_cli.checkpoint import load_module_tensors, module_tensors, save_checkpoint
+from ldlm_cli.checkpoint import HasTensors, load_module_tensors, module_tensors, save_checkpoint
 from ldlm_cli.core.draws import seed_at
 from ldlm_cli.core.model import LDLM
 from ldlm_cli.data.batches import BatchOrder
 from ldlm_cli.data.shards import TokenFolder
+from ldlm_cli.errors import LdlmError
 from ldlm_cli.recipe.schema import Recipe, StageRecipe
 from ldlm_cli.runtime import Runtime
 from ldlm_cli.training.compute import stage_compute
-from ldlm_cli.training.latent import latent_alarm
+from ldlm_cli.training.guard import Guard
 from ldlm_cli.training.loop import Hooks, StageState, run_stage, start_stage
 from ldlm_cli.training.plan import plan_stages
 
@@ -99,33 +100,40 @@ def train(
     window: int,
     resumed: tuple | None,
     total: int,
-    kept: dict[str, torch.nn.Module],
+    kept: Mapping[str, HasTensors],
     order: BatchOrder | None = None,
     preview: Callable[[StageState], dict[str, Any]] | None = None,
     on_snapshot: Callable[[StageState], None] = lambda state: None,
 ) -> StageState:
     """Run one stage's loop from its start or from the checkpoint `resumed`."""
-    state = start_stage(task, stage)
+    state, guard = start_stage(task, stage), Guard(run.recipe.guard, name, stage)
     if resumed is not None and resumed[2]["step"] > 0:
         tensors, optimizer, saved = resumed
         load_module_tensors(kept, tensors)
         load_module_tensors({"ema": state.ema}, tensors)
         state.optimizer.load_state_dict(optimizer)
         task.load_state_dict(saved["task"])
+        guard.load_state_dict(saved["guard"])
         state.step, state.seconds = int(saved["step"]), float(saved.get("seconds", 0.0))
 
     def on_metrics(metrics: dict[str, Any]) -> None:
-        if not run.runtime.is_main:
-            return
-        run.log(metrics)
-        run.reporter.step_logged(metrics)
-        alarm = latent_alarm(metrics, stage.steps)
-        if alarm:
-            run.reporter.alarm(alarm)
+        alarms = guard.check(metrics)
+        if run.runtime.is_main:
+            run.log(metrics | ({"alarms": [alarm.cause for alarm in alarms]} if alarms else {}))
+            run.reporter.step_logged(metrics)
+            for alarm in alarms:
+                run.reporter.alarm(alarm.message)
+        if run.recipe.guard.action == "stop" and any(run.runtime.gather_objects([bool(alarms)])):
+            on_save(state)
+            why = alarms[0].message if alarms else "another process saw the latents fail"
+            raise LdlmError(
+                f"stage {name} stopped by the guard at step {metrics['step']}, checkpoint saved, the same command goes "
+                f"on from there: {why}"
+            )
 
     def on_save(state: StageState) -> None:
         saved = {"stage": index, "step": state.step, "task": task.state_dict()}
-        saved |= {"seconds": state.seconds, "spent": run.spent}
+        saved |= {"guard": guard.state_dict(), "seconds": state.seconds, "spent": run.spent}
         if run.runtime.is_main:
             tensors = module_tensors(kept) | module_tensors({"ema": state.ema})
             name = checkpoint_name(index, state.step)

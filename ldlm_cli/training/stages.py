@@ -7,10 +7,10 @@ from typing import Any, cast
 
 import torch
 
-from ldlm_cli.checkpoint import load_module_tensors, write_snapshot
+from ldlm_cli.checkpoint import HasTensors, load_module_tensors, write_snapshot
 from ldlm_cli.core.model import LDLM, build_parts
 from ldlm_cli.core.token_encoder import build_token_encoder
-from ldlm_cli.data.batches import BatchOrder, length_histogram
+from ldlm_cli.data.batches import Batch, BatchOrder, first_texts, length_histogram
 from ldlm_cli.errors import RecipeError
 from ldlm_cli.generate import Generator, SamplingOptions
 from ldlm_cli.recipe.schema import Recipe, StageRecipe
@@ -19,6 +19,7 @@ from ldlm_cli.training.language_model import LanguageModelTask, build_language_m
 from ldlm_cli.training.latent import LatentTask, init_seed, measure_statistics
 from ldlm_cli.training.loop import StageState
 from ldlm_cli.training.plan import plan_stages
+from ldlm_cli.training.probe import Probe, unigram_entropy
 from ldlm_cli.training.stage_loop import Run, batch_order, finish_stage, latent_modules, place_in_training, train
 
 HELD_OUT_TOKENS = 32_768
@@ -63,7 +64,7 @@ def run_latent(run: Run, index: int, name: str, stage: StageRecipe, resumed: tup
     order = batch_order(run, stage, index, window)
     model = run.model or build_model(run)
     model.to(run.runtime.device)
-    kept = latent_modules(model)
+    kept: dict[str, HasTensors] = dict(latent_modules(model))
     if resumed is not None and resumed[0]:  # empty right after a language model stage
         load_module_tensors(kept, resumed[0])
     elif run.model is None:
@@ -71,7 +72,9 @@ def run_latent(run: Run, index: int, name: str, stage: StageRecipe, resumed: tup
     run.model = model
     if stage.standardize_latents and (resumed is None or resumed[2]["step"] == 0):
         measure_statistics(model, order, run.runtime, latents=True)
-    task = LatentTask(model, run.recipe, stage, place_in_training(run.recipe, run.plan, index), run.runtime)
+    probe = Probe(model, run.recipe, stage, probe_texts(run, window), run.runtime)
+    place = place_in_training(run.recipe, run.plan, index)
+    task = LatentTask(model, run.recipe, stage, place, probe, run.runtime)
     histogram = length_histogram(run.tokens.split("train"), window, run.recipe.data.packing)
 
     def preview(state: StageState) -> dict[str, Any]:
@@ -81,7 +84,7 @@ def run_latent(run: Run, index: int, name: str, stage: StageRecipe, resumed: tup
         texts = generator.batch(list(range(PREVIEW_TEXTS)), generator.lengths(), None)
         task.train_mode()
         run.say(lambda: run.reporter.preview(texts[0].text))
-        return {"sample_entropy": sum(entropy(text.token_ids) for text in texts) / len(texts)}
+        return {"sample_entropy": sum(unigram_entropy(torch.tensor(text.token_ids)) for text in texts) / len(texts)}
 
     can_sample = all(part in model.parts for part in ("denoiser", "latent_decoder", "token_decoder"))
     show = preview if can_sample and task.has_diffusion else None
@@ -102,6 +105,7 @@ def run_latent(run: Run, index: int, name: str, stage: StageRecipe, resumed: tup
         run.say(lambda: snapshot(state, run.folder / "snapshots" / f"{name}-{state.step:08d}"))
         run.runtime.barrier()
 
+    kept |= {"probe": probe}
     state = train(run, index, name, stage, task, window, resumed, total, kept, order, show, snapshot_along)
     later = [other for _, other in plan_stages(run.recipe, run.plan)[index + 1 :]]
     if run.runtime.is_main and not any(other.kind == "latent" for other in later):
@@ -133,10 +137,10 @@ def build_model(run: Run) -> LDLM:
     return LDLM(build_parts(recipe, vocabulary.size), encoder, recipe)
 
 
-def entropy(ids: list[int]) -> float:
-    """Unigram entropy of one text in nats."""
-    counts = torch.unique(torch.tensor(ids), return_counts=True)[1].double()
-    return float(torch.distributions.Categorical(counts / counts.sum()).entropy())
+def probe_texts(run: Run, window: int) -> Batch:
+    """The first held-out texts, for the probe."""
+    valid = run.tokens.split("valid")
+    return first_texts(valid, run.recipe.training.probe_texts, window, run.tokens.vocabulary.pad_id)
 
 
 RUN_STAGE = {"language_model": run_language_model, "latent": run_latent}
