@@ -9,6 +9,7 @@ from builders import CPU, TOWERS, VOCAB, draws_of, model_recipe, random_batch, t
 
 from ldlm_cli.core.cosmos_denoiser import CosmosDenoiser
 from ldlm_cli.core.draws import draw_rows, seed_at
+from ldlm_cli.core.layers import EndPositions
 from ldlm_cli.core.model import LDLM, PARTS, build_parts, parameters_by_part
 from ldlm_cli.core.normalizer import Moments, Normalizer, latent_state, whitening_matrix
 from ldlm_cli.core.objective import LatentObjective
@@ -222,11 +223,24 @@ def test_the_model_can_learn_eight_sentences_by_heart() -> None:
     assert last < 0.5 * first
 
 
+def test_the_ends_of_a_text_are_told_apart_from_its_middle_and_padding_is_not_counted() -> None:
+    torch.manual_seed(0)
+    ends = EndPositions(8, longest=4)
+    mask = torch.tensor([[True] * 6 + [False] * 2, [True] * 8])
+    found = ends(mask)
+    assert torch.equal(found[0, :6], ends(mask[:1, :6])[0])
+    # Six tokens, clipped at a distance of 3: all places differ, by their distances to both ends.
+    assert torch.pdist(found[0, :6]).min() > 1e-3
+    # In eight tokens the two in the middle are 3 or more from either end: equally far.
+    assert torch.equal(found[1, 3], found[1, 4])
+    assert not torch.equal(found[1, 2], found[1, 3])
+
+
 def test_the_cosmos_network_has_the_size_of_the_authors() -> None:
     """129.8M at width 768 and 12 layers; 131.8M with the maps in and out and 1,024 positions (method.md 2.1)."""
     latents = LatentRecipe(width=768, kind="slots", slots=1024)
     with torch.device("meta"):
-        network = CosmosDenoiser(latents, TowerRecipe(layers=12, heads=12))
+        network = CosmosDenoiser(latents, TowerRecipe(layers=12, heads=12), longest=1024)
     around = (network.project_in.weight.numel() + 768) + (network.out.weight.numel() + 768) + 1024 * 768
     whole = sum(parameter.numel() for parameter in network.parameters())
     assert round(whole / 1e6, 1) == 131.8
@@ -236,7 +250,7 @@ def test_the_cosmos_network_has_the_size_of_the_authors() -> None:
 @pytest.mark.parametrize("layers", [1, 2, 3, 4])
 def test_the_cosmos_network_uses_all_its_inputs_and_weights(layers: int) -> None:
     torch.manual_seed(0)
-    network = CosmosDenoiser(LatentRecipe(width=16), TowerRecipe(layers=layers, heads=2))
+    network = CosmosDenoiser(LatentRecipe(width=16), TowerRecipe(layers=layers, heads=2), longest=5)
     z_t, z_self = (torch.randn(2, 5, 16, requires_grad=True) for _ in range(2))
     mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
     t = torch.tensor([0.2, 0.7])

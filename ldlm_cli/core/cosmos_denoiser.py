@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldlm_cli.core.latent_encoder import LatentLayout
-from ldlm_cli.core.layers import LlamaBlock, RMSNorm, init_linear, key_mask, rotary_angles
+from ldlm_cli.core.layers import EndPositions, LlamaBlock, RMSNorm, init_linear, key_mask, rotary_angles
 from ldlm_cli.recipe.schema import LatentRecipe, TowerRecipe
 
 LONGEST_PERIOD = 10.0
@@ -51,12 +51,13 @@ class CosmosDenoiser(nn.Module):
     parameters at width 768 and 12 layers, without the maps in and out.
     """
 
-    def __init__(self, latents: LatentRecipe, tower: TowerRecipe) -> None:
+    def __init__(self, latents: LatentRecipe, tower: TowerRecipe, longest: int) -> None:
         super().__init__()
         width = latents.width
         self.layout, self.head_size = LatentLayout(latents), width // tower.heads
         self.project_in = nn.Linear(width, width)
         self.slot_positions = nn.Parameter(torch.empty(latents.slots, width)) if latents.slots else None
+        self.ends = None if latents.slots else EndPositions(width, longest)
         self.time = CosmosTimeEmbedding(width)
         self.blocks = nn.ModuleList(CosmosBlock(width, tower.heads) for _ in range(tower.layers))
         self.out_norm, self.out = RMSNorm(width), nn.Linear(width, width)
@@ -70,6 +71,8 @@ class CosmosDenoiser(nn.Module):
         x = self.project_in(z_t)
         if self.slot_positions is not None:
             x = x + self.slot_positions.to(x.dtype)
+        if self.ends is not None:
+            x = x + self.ends(latent_mask).to(x.dtype)
         condition = self.time(t)
         rotary = rotary_angles(self.layout.positions(z_t.shape[1], z_t.device), self.head_size)
         mask = key_mask(latent_mask)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ldlm_cli.core.latent_encoder import LatentLayout
 from ldlm_cli.core.layers import (
     AdaptiveNormBlock,
+    EndPositions,
     TimeEmbedding,
     init_linear,
     key_mask,
@@ -21,15 +22,17 @@ class Denoiser(nn.Module):
     """Adaptive-norm transformer that predicts clean latents, conditioned on its own earlier estimate.
 
     Source: arXiv 2605.07933 as reconstructed (method.md 2.1, candidate b): DiT blocks (arXiv 2212.09748) over the input
-    projection of [z_t ; z_self]; rotary positions in place of a position table, so that any length can be run.
+    projection of [z_t ; z_self]; rotary positions and distances to both ends in place of a position table, so that any
+    length can be run.
     """
 
-    def __init__(self, latents: LatentRecipe, tower: TowerRecipe) -> None:
+    def __init__(self, latents: LatentRecipe, tower: TowerRecipe, longest: int) -> None:
         super().__init__()
         width = latents.width
         self.layout, self.head_size = LatentLayout(latents), width // tower.heads
         self.project_in = nn.Linear(2 * width, width)
         self.slot_positions = nn.Parameter(torch.empty(latents.slots, width)) if latents.slots else None
+        self.ends = None if latents.slots else EndPositions(width, longest)
         self.time = TimeEmbedding(width)
         self.blocks = nn.ModuleList(AdaptiveNormBlock(width, tower.heads, tower.dropout) for _ in range(tower.layers))
         self.out_norm = nn.LayerNorm(width, elementwise_affine=False)
@@ -56,6 +59,8 @@ class Denoiser(nn.Module):
         x = self.project_in(torch.cat([z_t, z_self], dim=-1))
         if self.slot_positions is not None:
             x = x + self.slot_positions.to(x.dtype)
+        if self.ends is not None:
+            x = x + self.ends(latent_mask).to(x.dtype)
         condition = self.time(t)
         rotary = rotary_angles(self.layout.positions(z_t.shape[1], z_t.device), self.head_size)
         mask = key_mask(latent_mask)

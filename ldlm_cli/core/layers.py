@@ -189,6 +189,31 @@ class TimeEmbedding(nn.Module):
         return self.out(F.silu(self.up(torch.cat([angles.cos(), angles.sin()], dim=-1))))
 
 
+class EndPositions(nn.Module):
+    """How far each latent lies from the two ends of its text, as sinusoids through one linear map.
+
+    Rotary positions are relative: at high noise, where all latents look alike, they say neither where a text begins nor
+    how long it is, and what every text of a corpus has in common at one place cannot be told from its neighbour's.
+    Distances are clipped at the training length, so that in a longer text a latent far from an end is only "far".
+    """
+
+    FREQUENCIES, LONGEST_PERIOD = 32, 200.0
+
+    def __init__(self, width: int, longest: int) -> None:
+        super().__init__()
+        self.longest = longest
+        self.map = nn.Linear(4 * self.FREQUENCIES, width)
+
+    def forward(self, mask: Tensor) -> Tensor:
+        """Mask of real latents [B, L] bool (padding behind them); returns [B, L, D]."""
+        place = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+        behind = (mask.sum(1, keepdim=True) - 1 - place).clamp(min=0)
+        distances = torch.stack([place, behind], dim=-1).clamp(max=self.longest - 1).float()
+        steps = torch.arange(self.FREQUENCIES, device=mask.device, dtype=torch.float32) / self.FREQUENCIES
+        angles = distances[..., None] * self.LONGEST_PERIOD**-steps
+        return self.map(torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(2))
+
+
 def init_linear(module: nn.Module) -> None:
     """Xavier-uniform weights for every linear map and zero biases, as in DiT: the scale follows the width."""
     for layer in module.modules():

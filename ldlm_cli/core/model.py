@@ -68,9 +68,10 @@ class LDLM(nn.Module):
 def build_parts(recipe: Recipe, vocab_size: int, names: Collection[str] = PARTS) -> dict[str, nn.Module]:
     """The trained parts with fresh weights, drawn in a fixed order from torch's global generator."""
     model, hidden = recipe.model, recipe.token_encoder.width
+    longest = LatentLayout(model.latents).count(recipe.data.max_len_tokens)
     builders = {
         "latent_encoder": lambda: LatentEncoder(model.latents, model.latent_encoder, hidden),
-        "denoiser": lambda: DENOISERS[model.denoiser.kind](model.latents, model.denoiser),
+        "denoiser": lambda: DENOISERS[model.denoiser.kind](model.latents, model.denoiser, longest),
         "latent_decoder": lambda: LatentDecoder(model.latents, model.latent_decoder, hidden),
         "token_decoder": lambda: TokenDecoder(hidden, model.token_decoder, vocab_size),
     }
