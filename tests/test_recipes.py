@@ -16,6 +16,7 @@ from ldlm_cli.core.schedule import build_schedule, latent_bits
 from ldlm_cli.core.timesteps import TIMESTEPS
 from ldlm_cli.evaluation.likeness import flatten
 from ldlm_cli.recipe.load import load_recipe
+from ldlm_cli.recipe.resolve import recipe_for_plan
 from ldlm_cli.recipe.schema import Recipe, StageRecipe
 
 FOLDER = Path(__file__).parents[1] / "recipes"
@@ -43,6 +44,8 @@ def test_recipe_builds_without_memory(path: Path) -> None:
     vocabulary = recipe.token_encoder.vocab_size or recipe.data.vocab_size
     found = parameters_by_part(recipe, vocabulary)
     assert all(count > 0 for count in found.values())
+    for plan in recipe.plans:
+        assert parameters_by_part(recipe_for_plan(recipe, plan), vocabulary)["denoiser"] > 0
 
 
 def test_latents_keep_the_bits_of_the_paper(path: Path) -> None:
@@ -52,9 +55,9 @@ def test_latents_keep_the_bits_of_the_paper(path: Path) -> None:
         pytest.skip("too small to keep the rule" if path.stem == "tiny" else "trains no latents")
     latents = recipe.model.latents
     per_latent = recipe.data.max_len_tokens / (latents.slots or recipe.data.max_len_tokens / latents.stride)
-    noises = {
-        name: stage.decoder_noise_std for name, stage in latent_stages(recipe).items() if stage.losses.get("hidden")
-    }
+    # COSMOS corrupts its input in place of decoder noise.
+    reading = {name: stage for name, stage in latent_stages(recipe).items() if stage.losses.get("hidden")}
+    noises = {name: stage.decoder_noise_std for name, stage in reading.items() if not stage.corruption.active}
     for name, noise in noises.items():
         bits = latent_bits(latents.width, noise) / per_latent
         print(f"{path.stem}.{name}: width {latents.width}, sigma_dec {noise}: {bits:.1f} bits a token")

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from builders import draws_of, model_recipe, random_batch, tiny_model, training_tree
+from builders import CPU, draws_of, model_recipe, random_batch, tiny_model, training_tree
 from safetensors.torch import load_file
-from test_training import Recorder, Stopped, changed, metrics_of
+from test_training import Recorder, Stopped, changed, largest_difference, losses_only, metrics_of
 
 from ldlm_cli.checkpoint import list_checkpoints, load_checkpoint, load_snapshot
+from ldlm_cli.cli import app as app_module
+from ldlm_cli.core.corruption import corrupt_features, draw_corruption, drop_latents
 from ldlm_cli.core.model import LDLM, PARTS
 from ldlm_cli.core.objective import LatentObjective
 from ldlm_cli.core.schedule import TangentSchedule
-from ldlm_cli.recipe.resolve import resolve_stages
-from ldlm_cli.recipe.schema import Recipe, StageRecipe
+from ldlm_cli.errors import RecipeError
+from ldlm_cli.evaluation.reconstruction import trained_decoder_noise
+from ldlm_cli.generate import SamplingOptions, generate_texts
+from ldlm_cli.recipe.load import load_recipe
+from ldlm_cli.recipe.resolve import recipe_for_plan, resolve_stages
+from ldlm_cli.recipe.schema import CorruptionRecipe, Recipe, StageRecipe
 from ldlm_cli.runtime import Runtime
 from ldlm_cli.training.latent import LatentTask
 from ldlm_cli.training.run import run_recipe
@@ -45,8 +52,19 @@ def sequential_recipe(cache: Path) -> Recipe:
             "gate": {"kind": "zero"},
             "standardize_latents": True,
         },
+        "cosmos-autoencoder": {
+            "extends": "autoencoder",
+            "token_loss_reaches": "latent_encoder",
+            "decoder_noise_std": 0.0,
+            "corruption": {"masked_share": 0.3, "noise_std": 0.7, "latent_dropout": 0.4},
+        },
+        "feature-decoder": {"extends": "autoencoder", "trains": ["token_decoder"], "losses": {"hidden": 0}},
     }
+    tree["token_encoder"]["width"] = 32  # wider than the latents
     tree["plans"]["sequential"] = ["encoder", "autoencoder", "diffusion"]
+    tree["plans"]["sequential-cosmos"] = ["encoder", "cosmos-autoencoder", "diffusion"]
+    tree["plans"]["sequential-frozen-features"] = ["encoder", "feature-decoder", "diffusion"]
+    tree["plan_changes"] = {"sequential-frozen-features": {"model": {"latents": {"kind": "features"}}}}
     tree["training"]["keep_checkpoints"] = 20
     return changed(resolve_stages(tree, "recipe"))
 
@@ -176,6 +194,92 @@ def test_a_run_stopped_about_the_stage_boundary_is_the_same_run(
     assert recorder.started == goes_on
     assert load_snapshot(out).hash == load_snapshot(runs["sequential"][0]).hash
     assert metrics_of(out) == metrics_of(runs["sequential"][0])
+
+
+# ------------------------------------------------------------------------- variants
+
+
+def test_the_cosmos_variant_runs_and_does_not_depend_on_micro_batches(
+    recipe: Recipe, tmp_path: Path, runtime: Runtime
+) -> None:
+    tree = recipe.model_dump(mode="json")
+    for pieces in (1, 2):
+        tree["stages"]["cosmos-autoencoder"]["micro_batches"] = pieces
+        out = tmp_path / str(pieces)
+        run_recipe(changed(tree), "sequential-cosmos", out=out, fresh=False, reporter=Recorder(), runtime=runtime)
+    whole, halves = (losses_only(metrics_of(tmp_path / name)) for name in ("1", "2"))
+    assert largest_difference(whole, halves) < 1e-5
+    assert load_snapshot(tmp_path / "1").manifest["plan"] == "sequential-cosmos"
+
+
+def test_the_frozen_features_variant_denoises_hidden_states(recipe: Recipe, tmp_path: Path, runtime: Runtime) -> None:
+    plan = "sequential-frozen-features"
+    run_recipe(recipe, plan, out=tmp_path / "run", fresh=False, reporter=Recorder(), runtime=runtime)
+    snapshot = load_snapshot(tmp_path / "run")
+    assert snapshot.recipe.model.latents.width == snapshot.model.latent_width == 32
+    assert load_recipe(tmp_path / "run" / "recipe.yaml") == snapshot.recipe
+    model = snapshot.model
+    assert not list(model.part("latent_encoder").parameters())
+    ids, mask = random_batch([12, 5], 12)
+    h = model.hidden(ids, mask)
+    torch.testing.assert_close(model.latent_normalizer.invert(model.encode(h, mask)), h)
+    texts = generate_texts(snapshot, SamplingOptions(num=2, steps=2), runtime=runtime)
+    assert len(texts) == 2
+    assert trained_decoder_noise(snapshot.recipe, ["feature-decoder", "diffusion"]) == 0.2
+    finished = run_recipe(recipe, plan, out=tmp_path / "run", fresh=False, reporter=Recorder(), runtime=runtime)
+    assert finished["status"] == "already finished"
+
+
+def test_the_recipe_of_a_plan_is_checked_with_what_the_plan_changes(recipe: Recipe) -> None:
+    assert recipe_for_plan(recipe, "sequential") is recipe
+    features = recipe_for_plan(recipe, "sequential-frozen-features")
+    assert (features.model.latents.kind, features.model.latents.width) == ("features", 32)
+    assert recipe_for_plan(features, "sequential-frozen-features") == features
+    wrong = recipe.model_copy(update={"plan_changes": {"joint": {"model": {"latents": {"widht": 8}}}}})
+    with pytest.raises(RecipeError, match="did you mean 'width'"):
+        recipe_for_plan(wrong, "joint")
+
+
+def test_corruption_is_drawn_by_row_and_spoils_what_it_says() -> None:
+    shapes = (6, 400), (6, 300)
+    draws = draw_corruption(range(40), *shapes, CPU, 3, 1)
+    part = draw_corruption([7, 30], *shapes, CPU, 3, 1)
+    for name in ("masked", "features", "latents"):
+        assert torch.equal(getattr(part, name), getattr(draws, name)[[7, 30]])
+    assert 10 <= int(draws.masked.sum()) <= 30
+    given = CorruptionRecipe(masked_share=0.3, noise_std=0.7, latent_dropout=0.4)
+    h = torch.randn(40, 6, 400, generator=torch.Generator().manual_seed(0))
+    spoilt = corrupt_features(h, draws, given)
+    masked, noised = spoilt[draws.masked], spoilt[~draws.masked]
+    assert float((masked == 0).float().mean()) == pytest.approx(0.3, abs=0.01)
+    assert torch.equal(masked[masked != 0], h[draws.masked][masked != 0])
+    assert float(noised.std()) == pytest.approx(1, abs=0.01)  # the variance of h
+    correlation = float((noised * h[~draws.masked]).mean())
+    assert correlation == pytest.approx(math.sqrt(1 - 0.7**2), abs=0.01)
+    dropped = drop_latents(torch.ones(40, 6, 300), draws, given)
+    assert float((dropped == 0).float().mean()) == pytest.approx(0.4, abs=0.01)
+    assert float(dropped.mean()) == pytest.approx(1, abs=0.02)
+    nothing = CorruptionRecipe()
+    assert not nothing.active
+    assert torch.equal(corrupt_features(h, draws, nothing), h)
+
+
+def test_variants_are_chosen_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    def train(*arguments: str) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as done:
+            app_module.main(("train-sequential", "--recipe", "tiny.yaml", *arguments))
+        captured = capsys.readouterr()
+        return int(done.value.code or 0), captured.out + captured.err
+
+    for variant in ((), ("--variant", "mse-noise"), ("--variant", "cosmos"), ("--variant", "frozen-features")):
+        code, text = train(*variant, "--dry-run", "--json")
+        assert code == 0, text
+        plan = "sequential" if variant in ((), ("--variant", "mse-noise")) else f"sequential-{variant[1]}"
+        assert f'"plan": "{plan}"' in text
+    code, text = train("--variant", "cosmic", "--dry-run")
+    assert code == 2
+    assert "has no plan 'sequential-cosmic'; it has joint, sequential, sequential-cosmos" in text
+    assert len(text.splitlines()) == 1
 
 
 # ------------------------------------------------------------------------- gradients, bit for bit

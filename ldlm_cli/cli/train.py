@@ -13,6 +13,15 @@ from ldlm_cli.errors import RecipeError
 
 Out = Annotated[Path | None, typer.Option("--out", help="Run folder; runs/<recipe>-<plan>-s<seed> if absent.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start a new folder instead of resuming.")]
+PLAIN_VARIANT = "mse-noise"
+Variant = Annotated[
+    str,
+    typer.Option(
+        "--variant",
+        help="How the autoencoder is trained: mse-noise as in joint training, cosmos or frozen-features; NAME is plan "
+        "`sequential-NAME`.",
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print parameters, memory, steps and tokens; train nothing.")]
 
 
@@ -33,6 +42,7 @@ def train_joint(
 def train_sequential(
     recipe: options.RecipeName,
     overrides: options.Overrides = None,
+    variant: Variant = PLAIN_VARIANT,
     seed: options.Seed = None,
     out: Out = None,
     fresh: Fresh = False,
@@ -41,7 +51,8 @@ def train_sequential(
     as_json: options.AsJson = False,
 ) -> None:
     """Train the autoencoder first, freeze it, then the denoiser (plan `sequential`): the comparison to joint."""
-    _train("sequential", recipe, overrides, seed, out, fresh, num_processes, dry_run, as_json)
+    plan = "sequential" if variant == PLAIN_VARIANT else f"sequential-{variant}"
+    _train(plan, recipe, overrides, seed, out, fresh, num_processes, dry_run, as_json)
 
 
 def train_lm(

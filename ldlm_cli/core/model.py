@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ldlm_cli.core.cosmos_denoiser import CosmosDenoiser
 from ldlm_cli.core.denoiser import Denoiser
+from ldlm_cli.core.features import FeatureDecoder, FeatureEncoder
 from ldlm_cli.core.latent_decoder import LatentDecoder
 from ldlm_cli.core.latent_encoder import LatentEncoder, LatentLayout
 from ldlm_cli.core.normalizer import Normalizer
@@ -18,6 +19,8 @@ from ldlm_cli.errors import SnapshotError
 from ldlm_cli.recipe.schema import Recipe
 
 PARTS = ("latent_encoder", "denoiser", "latent_decoder", "token_decoder")
+LATENT_ENCODERS = {"positional": LatentEncoder, "slots": LatentEncoder, "features": FeatureEncoder}
+LATENT_DECODERS = {"positional": LatentDecoder, "slots": LatentDecoder, "features": FeatureDecoder}
 DENOISERS = {"dit": Denoiser, "cosmos": CosmosDenoiser}
 
 
@@ -67,12 +70,12 @@ class LDLM(nn.Module):
 
 def build_parts(recipe: Recipe, vocab_size: int, names: Collection[str] = PARTS) -> dict[str, nn.Module]:
     """The trained parts with fresh weights, drawn in a fixed order from torch's global generator."""
-    model, hidden = recipe.model, recipe.token_encoder.width
+    model, hidden, kind = recipe.model, recipe.token_encoder.width, recipe.model.latents.kind
     longest = LatentLayout(model.latents).count(recipe.data.max_len_tokens)
     builders = {
-        "latent_encoder": lambda: LatentEncoder(model.latents, model.latent_encoder, hidden),
+        "latent_encoder": lambda: LATENT_ENCODERS[kind](model.latents, model.latent_encoder, hidden),
         "denoiser": lambda: DENOISERS[model.denoiser.kind](model.latents, model.denoiser, longest),
-        "latent_decoder": lambda: LatentDecoder(model.latents, model.latent_decoder, hidden),
+        "latent_decoder": lambda: LATENT_DECODERS[kind](model.latents, model.latent_decoder, hidden),
         "token_decoder": lambda: TokenDecoder(hidden, model.token_decoder, vocab_size),
     }
     return {name: build() for name, build in builders.items() if name in names}

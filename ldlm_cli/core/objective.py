@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldlm_cli.core.corruption import CorruptionDraws, corrupt_features, drop_latents
 from ldlm_cli.core.draws import Draws
 from ldlm_cli.core.gate import scale_gradient
 from ldlm_cli.core.model import LDLM
@@ -55,6 +56,7 @@ class LatentObjective(nn.Module):
         self.model = model
         self.weights = {name: weight for name, weight in stage.losses.items() if weight > 0}
         self.decoder_noise_std = stage.decoder_noise_std
+        self.corruption = stage.corruption
         self.token_input = TOKEN_INPUT[stage.token_loss_reaches]
         self.schedule, self.self_conditioning = schedule, self_conditioning
 
@@ -69,6 +71,7 @@ class LatentObjective(nn.Module):
         token_count: int,
         latent_count: int,
         keep_latents: bool = False,
+        corruption: CorruptionDraws | None = None,
     ) -> LatentLosses:
         """Losses of one micro-batch.
 
@@ -80,10 +83,12 @@ class LatentObjective(nn.Module):
             gate: gamma in [0, 1].
             token_count, latent_count: unmasked tokens and latents of the whole optimizer step, over all processes.
             keep_latents: return z_0 for the latent state.
+            corruption: of the encoder's input and the decoder's, in stages that have any.
         """
         h = self.model.hidden(token_ids, token_mask)
         latent_mask = self.model.layout.mask(token_mask)
-        z_0 = self.model.encode(h, token_mask).float()
+        seen = h if corruption is None else corrupt_features(h, corruption, self.corruption)
+        z_0 = self.model.encode(seen, token_mask).float()
         token_weight = token_mask * row_weight[:, None]
         latent_weight = latent_mask * row_weight[:, None]
         total = z_0.new_zeros(())
@@ -93,6 +98,8 @@ class LatentObjective(nn.Module):
             # sigma_dec is defined on the encoder's own scale; a sequential plan standardises z_0 after it.
             noise = self.decoder_noise_std * draws.noise[1] / self.model.latent_normalizer.std
             noised = z_0 + noise if self.decoder_noise_std > 0 else z_0
+            if corruption is not None:
+                noised = drop_latents(noised, corruption, self.corruption)
             h_hat = self.model.decode_hidden(noised, latent_mask, token_mask)
             if "hidden" in self.weights:
                 per_token = (h_hat.float() - h).square().mean(-1)

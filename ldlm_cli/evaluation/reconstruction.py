@@ -90,9 +90,9 @@ def measure_reconstruction(
 
 
 def trained_decoder_noise(recipe: Recipe, stages: list[str]) -> float:
-    """sigma_dec of the last of these stages that trained the latent decoder; 0 when none did."""
+    """sigma_dec of the last of these stages that trained a decoder; 0 when none did."""
     latent = [recipe.stages[name] for name in stages if recipe.stages[name].kind == "latent"]
-    return next((stage.decoder_noise_std for stage in reversed(latent) if "latent_decoder" in stage.trains), 0.0)
+    return next((stage.decoder_noise_std for stage in reversed(latent) if "token_decoder" in stage.trains), 0.0)
 
 
 def _measure_length(

@@ -14,7 +14,7 @@ import yaml
 
 from ldlm_cli.errors import RecipeError
 from ldlm_cli.recipe.check import check_tree, nearest_name, show_value, unknown_name
-from ldlm_cli.recipe.resolve import merge, resolve_stages, with_references
+from ldlm_cli.recipe.resolve import check_plans, merge, resolve_stages, with_references
 from ldlm_cli.recipe.schema import Recipe
 
 # YAML 1.1 reads 1e-4 as text, because it wants a dot and a signed exponent; a rate written so must be a number.
@@ -190,7 +190,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     """
     path = find_recipe(name_or_path)
     content, label = _content(path), f"recipe {path}"
-    recipe, problems = check_tree(resolve_stages(content, label), label)
+    recipe, problems = check_plans(*check_tree(resolve_stages(content, label), label))
     if recipe is not None and overrides:
         # On the resolved tree, so that an override changes one field and never hides a default beside it; but a stage
         # that refers to another still does, and follows what is overridden there.
@@ -199,7 +199,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         for override in overrides:
             _apply(tree, known, override, f"{label} with --set {override}")
         label = f"{label} with --set {' --set '.join(overrides)}"
-        recipe, problems = check_tree(resolve_stages(tree, label), label)
+        recipe, problems = check_plans(*check_tree(resolve_stages(tree, label), label))
     if recipe is None:
         more = f" ({len(problems) - 1} more: `ldlm recipes validate` lists all)" if len(problems) > 1 else ""
         raise RecipeError(problems[0] + more)
@@ -211,7 +211,7 @@ def validate_recipe(name_or_path: str | Path) -> list[str]:
     try:
         path = find_recipe(name_or_path)
         label = f"recipe {path}"
-        return check_tree(resolve_stages(_content(path), label), label)[1]
+        return check_plans(*check_tree(resolve_stages(_content(path), label), label))[1]
     except RecipeError as error:
         return [str(error)]
 

@@ -1,4 +1,4 @@
-"""What a recipe says by reference, as plain values: stages that extend a stage, steps that are a share of a stage's."""
+"""What a recipe says by reference, as plain values: stages that extend a stage, shares of steps, a plan's changes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ldlm_cli.errors import RecipeError
-from ldlm_cli.recipe.check import nearest_name, show_value
-from ldlm_cli.recipe.schema import StageRecipe
+from ldlm_cli.recipe.check import check_tree, nearest_name, show_value
+from ldlm_cli.recipe.schema import Recipe, StageRecipe
 
 SHARE = ("of", "from", "to")
 
@@ -55,6 +55,37 @@ def with_references(tree: Mapping[str, Any], written: Mapping[str, Any]) -> dict
         elif isinstance(stage.get("steps"), Mapping):
             stages[name] = {**stages[name], "steps": dict(stage["steps"])}
     return {**tree, "stages": stages}
+
+
+def recipe_for_plan(recipe: Recipe, plan: str) -> Recipe:
+    """The recipe as a plan of it is run: with what `plan_changes` says of the plan; unchanged when it says nothing.
+
+    Raises:
+        RecipeError: the changes do not fit the recipe.
+    """
+    changes = recipe.plan_changes.get(plan)
+    if not changes:
+        return recipe
+    tree = merge(recipe.model_dump(mode="json"), changes)
+    latents, encoder = (tree.get("model") or {}).get("latents"), tree.get("token_encoder")
+    if isinstance(latents, dict) and isinstance(encoder, dict) and latents.get("kind") == "features":
+        # The plan says what latents are; as hidden states they are so wide and so many.
+        latents |= {"width": encoder.get("width"), "stride": 1, "slots": None}
+    changed, problems = check_tree(tree, f"recipe '{recipe.name}' with plan_changes.{plan}")
+    if changed is None:
+        raise RecipeError(problems[0])
+    return changed
+
+
+def check_plans(recipe: Recipe | None, problems: list[str]) -> tuple[Recipe | None, list[str]]:
+    """The outcome of a recipe's check, with the problems of what its plans change."""
+    found = list(problems)
+    for plan in recipe.plans if recipe is not None else ():
+        try:
+            recipe_for_plan(recipe, plan)  # type: ignore[arg-type]
+        except RecipeError as error:
+            found.append(str(error))
+    return (None if found else recipe), found
 
 
 def _other(stages: Mapping[str, Any], name: object, field: str, chain: tuple[str, ...], label: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -89,8 +89,9 @@ class LatentRecipe(Section):
     """Shape of the latent space."""
 
     width: int = Field(256, ge=4)
-    kind: Literal["positional", "slots"] = "positional"
-    """`positional`: one latent per `stride` tokens, placed by rotary position; `slots`: learned slots (the paper's)."""
+    kind: Literal["positional", "slots", "features"] = "positional"
+    """`positional`: one latent per `stride` tokens, placed by rotary position; `slots`: learned slots (the paper's);
+    `features`: the standardised hidden states themselves, no latent encoder or decoder."""
     stride: int = Field(1, ge=1)
     """Tokens per latent (positional)."""
     aligned: bool = True
@@ -162,6 +163,21 @@ class TimesRecipe(Section):
     """Share of draws that stay uniform over the bins."""
 
 
+class CorruptionRecipe(Section):
+    """What spoils the autoencoder's input and latents in training (COSMOS); all 0: nothing does."""
+
+    masked_share: float = Field(0.0, ge=0, lt=1)
+    """Half of the texts: share of the features of h that are set to 0 before the latent encoder."""
+    noise_std: float = Field(0.0, ge=0, le=1)
+    """The other half: h becomes sqrt(1 - std^2) h + std eps."""
+    latent_dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of the entries of z_0 that are set to 0 before the latent decoder."""
+
+    @property
+    def active(self) -> bool:
+        return max(self.masked_share, self.noise_std, self.latent_dropout) > 0
+
+
 class OptimizerRecipe(Section):
     """How weights follow their gradients, and the learning rate as a function of the step."""
 
@@ -218,6 +234,7 @@ class StageRecipe(Section):
     times: TimesRecipe = TimesRecipe()
     decoder_noise_std: float = Field(1.65, ge=0)
     """sigma_dec: standard deviation of the noise added to the latent decoder's input in training."""
+    corruption: CorruptionRecipe = CorruptionRecipe()
 
     @model_validator(mode="after")
     def _weights(self) -> StageRecipe:
@@ -321,7 +338,10 @@ class Recipe(Section):
     diffusion: DiffusionRecipe = DiffusionRecipe()
     stages: dict[str, StageRecipe] = {"joint": StageRecipe()}
     plans: dict[str, tuple[str, ...]] = {"joint": ("joint",)}
-    """A plan is a list of stage names: train-joint runs `joint`, train-sequential `sequential`, train-lm `lm`."""
+    """A plan is a list of stage names: train-joint runs `joint`, train-sequential `sequential` (or a
+    variant, `sequential-<name>`), train-lm `lm`."""
+    plan_changes: dict[str, dict[str, Any]] = {}
+    """What a plan changes besides its stages: sections and fields that are merged over the recipe's when it is run."""
     training: TrainingRecipe = TrainingRecipe()
     guard: GuardRecipe = GuardRecipe()
     sampling: SamplingRecipe = SamplingRecipe()
@@ -343,7 +363,16 @@ class Recipe(Section):
             raise ValueError("the judge may not be the token encoder itself; name another model as judge.source")
         if self.model.latents.kind == "slots" and self.model.latents.slots is None:
             raise ValueError("model.latents.kind: slots needs model.latents.slots")
-        widths = dict.fromkeys(("latent_encoder", "latent_decoder", "denoiser"), self.model.latents.width)
+        if self.model.latents.kind == "features":
+            latents = self.model.latents
+            if (latents.width, latents.stride, latents.slots) != (self.token_encoder.width, 1, None):
+                raise ValueError(
+                    "model.latents.kind: features needs the width of the token encoder, stride 1 and no slots"
+                )
+            towers: tuple[str, ...] = ("denoiser",)
+        else:
+            towers = ("latent_encoder", "latent_decoder", "denoiser")
+        widths = dict.fromkeys(towers, self.model.latents.width)
         for name, width in (widths | {"token_decoder": self.token_encoder.width}).items():
             heads = getattr(self.model, name).heads
             if width % (2 * heads):

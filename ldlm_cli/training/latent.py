@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ldlm_cli.core.corruption import draw_corruption
 from ldlm_cli.core.draws import draw_rows, seed_at
 from ldlm_cli.core.gate import Gate
 from ldlm_cli.core.model import LDLM
@@ -52,6 +53,7 @@ class LatentTask:
         self.parts = nn.ModuleDict({name: model.part(name) for name in stage.trains})
         schedule = build_schedule(recipe.diffusion.schedule, recipe.diffusion.schedule_scale)
         share = recipe.diffusion.self_conditioning_share
+        self.hidden_width = recipe.token_encoder.width
         self.module: LatentObjective = LatentObjective(model, stage, schedule, share).to(runtime.device)
         self.times, self.gate = TIMESTEPS[stage.times.kind](stage.times), Gate(stage.gate)
         began, self.steps_before = place
@@ -76,11 +78,24 @@ class LatentTask:
         draws = draw_rows(
             [max(row, 0) for row in rows], latents, self.model.latent_width, self.runtime.device, *address
         )
+        corruption = None
+        if self.stage.corruption.active:
+            shapes = (ids.shape[1], self.hidden_width), (latents, self.model.latent_width)
+            corruption = draw_corruption([max(row, 0) for row in rows], *shapes, self.runtime.device, *address)
         t = torch.from_numpy(self.times.times(draws.uniform[:, 0].numpy()))
         global_mask = torch.from_numpy(batch.mask)
         token_count, latent_count = int(global_mask.sum()), int(self.model.layout.mask(global_mask).sum())
         losses = prepared(
-            ids, mask, weight, t.to(self.runtime.device), draws, self.gate.at(step), token_count, latent_count, measure
+            ids,
+            mask,
+            weight,
+            t.to(self.runtime.device),
+            draws,
+            self.gate.at(step),
+            token_count,
+            latent_count,
+            measure,
+            corruption,
         )
         self.last_step = step
         if 0 in rows:  # counted once a step: by the process and micro-batch that hold row 0

@@ -9,6 +9,7 @@ import torch
 from ldlm_cli.core.model import parameters_by_part
 from ldlm_cli.core.schedule import latent_bits
 from ldlm_cli.errors import RecipeError
+from ldlm_cli.recipe.resolve import recipe_for_plan
 from ldlm_cli.recipe.schema import JudgeRecipe, Recipe, StageRecipe, TokenEncoderRecipe
 from ldlm_cli.runtime import matmul_flops
 
@@ -34,6 +35,7 @@ def plan_report(recipe: Recipe, plan: str) -> dict[str, Any]:
     Raises:
         RecipeError: the vocabulary of a pretrained token encoder is not stated.
     """
+    recipe = recipe_for_plan(recipe, plan)
     stages = plan_stages(recipe, plan)
     vocab_size = recipe.data.vocab_size if recipe.data.tokenizer == "bpe" else recipe.token_encoder.vocab_size
     if vocab_size is None:
@@ -42,14 +44,17 @@ def plan_report(recipe: Recipe, plan: str) -> dict[str, Any]:
     frozen = language_model_parameters(recipe.token_encoder, vocab_size)
     trained = sum(parts.values())
     rows = [_stage_row(recipe, name, stage, parts, vocab_size) for name, stage in stages]
-    latent = [stage for _, stage in stages if stage.kind == "latent"]
+    noises = [
+        stage.decoder_noise_std for _, stage in stages if stage.kind == "latent" and "token_decoder" in stage.trains
+    ]
     speed = matmul_flops()
     return {
         "parameters": parts,
         "total": trained,
         "frozen_parameters": frozen,
         "vocab_size": vocab_size,
-        "latent_bits": [latent_bits(recipe.model.latents.width, stage.decoder_noise_std) for stage in latent],
+        # Of each stage that trains a decoder; null where it sees no noise.
+        "latent_bits": [latent_bits(recipe.model.latents.width, noise) if noise > 0 else None for noise in noises],
         "schedule_scale": recipe.diffusion.schedule_scale,
         "memory_bytes": _memory(recipe, trained, frozen, stages),
         "stages": rows,

@@ -10,6 +10,7 @@ from typing import Any
 from ldlm_cli.checkpoint import list_checkpoints, load_checkpoint
 from ldlm_cli.data.shards import TokenFolder, prepare_tokens
 from ldlm_cli.recipe.load import dump_recipe
+from ldlm_cli.recipe.resolve import recipe_for_plan
 from ldlm_cli.recipe.schema import Recipe, StageRecipe
 from ldlm_cli.runtime import Runtime
 from ldlm_cli.training.plan import plan_stages
@@ -50,6 +51,7 @@ def run_recipe(
     Raises:
         RecipeError: the plan is unknown, or the folder holds a run of another recipe (the differing fields are named).
     """
+    recipe = recipe_for_plan(recipe, plan)
     stages = plan_stages(recipe, plan)
     runtime = runtime or Runtime.start(recipe.training.precision)
     folder = (out or run_folder(recipe, plan)) if not fresh else free_folder(out or run_folder(recipe, plan), runtime)

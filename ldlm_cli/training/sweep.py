@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ldlm_cli.errors import LdlmError, RecipeError, StoppedBySignal
+from ldlm_cli.recipe.resolve import recipe_for_plan
 from ldlm_cli.recipe.schema import Recipe
 from ldlm_cli.recipe.sweep import SweepEntry
 from ldlm_cli.runtime import Runtime
@@ -41,7 +42,7 @@ def check_sweep(entries: Sequence[SweepEntry]) -> list[SweepRun]:
     """
     runs: list[SweepRun] = []
     for number, entry in enumerate(entries, start=1):
-        recipe = entry.resolve()
+        recipe = recipe_for_plan(entry.resolve(), entry.plan)
         folder = Path(entry.out) if entry.out else run_folder(recipe, entry.plan)
         for earlier, other in enumerate(runs, start=1):
             if other.folder.resolve() == folder.resolve():
