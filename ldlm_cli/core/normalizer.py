@@ -8,18 +8,17 @@ import torch
 from torch import Tensor, nn
 
 MIN_STD = 1e-4
-WHITENING_FLOOR = 0.1
 
 
 class Normalizer(nn.Module):
     """(x - mean) / std per dimension, clipped; mean 0 and std 1 until `set_statistics` is called."""
 
-    def __init__(self, width: int, clip_std: float = math.inf, whiten: bool = False) -> None:
+    def __init__(self, width: int, clip_std: float = math.inf, whitening_floor: float | None = None) -> None:
         super().__init__()
-        self.clip_std = clip_std
+        self.clip_std, self.whitening_floor = clip_std, whitening_floor
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("std", torch.ones(width))
-        self.register_buffer("whitening", torch.eye(width) if whiten else None)
+        self.register_buffer("whitening", None if whitening_floor is None else torch.eye(width))
         self.whitening: Tensor | None
         self.mean: Tensor
         self.std: Tensor
@@ -28,6 +27,12 @@ class Normalizer(nn.Module):
         """Take measured statistics, [width] each; a constant dimension is left unscaled."""
         self.mean.copy_(mean)
         self.std.copy_(torch.where(std > MIN_STD, std, torch.ones_like(std)))
+
+    def set_moments(self, moments: Moments) -> None:
+        """Take the statistics of all rows that `moments` has seen, and level their spectrum if this one does."""
+        self.set_statistics(moments.mean().float(), moments.std().float())
+        if self.whitening is not None and self.whitening_floor is not None:
+            self.whitening.copy_(whitening_matrix(moments.covariance(), moments.std(), self.whitening_floor))
 
     def forward(self, x: Tensor) -> Tensor:
         """Standardise x [..., width]."""
@@ -41,7 +46,7 @@ class Normalizer(nn.Module):
         return x * self.std + self.mean
 
 
-def whitening_matrix(covariance: Tensor, std: Tensor, floor: float = WHITENING_FLOOR) -> Tensor:
+def whitening_matrix(covariance: Tensor, std: Tensor, floor: float) -> Tensor:
     """Symmetric matrix that levels the spectrum of standardised rows: (C + floor I)^(-1/2), to unit mean variance.
 
     C is the correlation matrix (covariance [W, W] over the outer product of std [W]); directions far below the floor,

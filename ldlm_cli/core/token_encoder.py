@@ -20,12 +20,17 @@ class TokenEncoder(nn.Module):
         backbone: any `transformers` model that returns hidden states.
         layer: index into the list of hidden states (embeddings first).
         prefix_id: token put before the text, its hidden state dropped; None for none.
-        whiten: level the spectrum of the standardised states too.
+        whitening_floor: level the spectrum of the standardised states too, down to this variance; None: do not.
         clip_std: standardised states are clipped at this many standard deviations.
     """
 
     def __init__(
-        self, backbone: nn.Module, layer: int, prefix_id: int | None, clip_std: float, whiten: bool = False
+        self,
+        backbone: nn.Module,
+        layer: int,
+        prefix_id: int | None,
+        clip_std: float,
+        whitening_floor: float | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone.eval().requires_grad_(False)
@@ -33,7 +38,7 @@ class TokenEncoder(nn.Module):
         self.layer, self.prefix_id, self.width = layer, prefix_id, int(config.hidden_size)
         positions = getattr(config, "max_position_embeddings", None)
         self.max_tokens: int | None = None if positions is None else int(positions) - (prefix_id is not None)
-        self.normalizer = Normalizer(self.width, clip_std, whiten)
+        self.normalizer = Normalizer(self.width, clip_std, whitening_floor)
 
     def train(self, mode: bool = True) -> TokenEncoder:
         """Frozen: dropout stays off whatever the trainer asks."""
@@ -101,4 +106,5 @@ def build_token_encoder(
         )
     if not -recipe.layers - 1 <= recipe.layer <= recipe.layers:
         raise RecipeError(f"token_encoder.layer {recipe.layer} is outside the {recipe.layers + 1} hidden states")
-    return TokenEncoder(backbone, recipe.layer, prefix_id if recipe.prefix else None, recipe.clip_std, recipe.whiten)
+    floor = recipe.whitening_floor if recipe.whiten else None
+    return TokenEncoder(backbone, recipe.layer, prefix_id if recipe.prefix else None, recipe.clip_std, floor)

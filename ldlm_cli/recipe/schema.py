@@ -70,6 +70,9 @@ class TokenEncoderRecipe(Section):
     whiten: bool = False
     """Also level the spectrum of the standardised states. Small language models put most variance into few
     directions and little into which name or object a token is; levelled, the hidden loss asks for both."""
+    whitening_floor: float = Field(0.1, gt=0)
+    """Variance, in units of a standardised dimension's, below which directions are levelled less and less. The higher,
+    the less detail of the states is asked for: text is easier to denoise and, in the end, no longer fully decodable."""
     clip_std: float = Field(10.0, gt=0)
     """Standardised hidden states are clipped at this many standard deviations."""
 

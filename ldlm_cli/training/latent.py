@@ -12,7 +12,7 @@ from ldlm_cli.core.corruption import draw_corruption
 from ldlm_cli.core.draws import draw_rows, seed_at
 from ldlm_cli.core.gate import Gate
 from ldlm_cli.core.model import LDLM
-from ldlm_cli.core.normalizer import Moments, latent_state, whitening_matrix
+from ldlm_cli.core.normalizer import Moments, latent_state
 from ldlm_cli.core.objective import LatentObjective
 from ldlm_cli.core.schedule import build_schedule
 from ldlm_cli.core.timesteps import TIMESTEPS
@@ -216,9 +216,7 @@ def measure_statistics(model: LDLM, order: BatchOrder, runtime: Runtime, *, late
                 moments.add(states[kept])
         seen, step = seen + int(mask.sum()), step + 1
     target = model.latent_normalizer if latents else encoder.normalizer
-    target.set_statistics(moments.mean().float().to(runtime.device), moments.std().float().to(runtime.device))
-    if target.whitening is not None:
-        target.whitening.copy_(whitening_matrix(moments.covariance(), moments.std()))
+    target.set_moments(moments)
 
 
 def init_seed(recipe: Recipe) -> int:
