@@ -29,7 +29,7 @@ from ldlm_cli.core.model import LDLM, PARTS, build_parts
 from ldlm_cli.core.token_encoder import build_token_encoder
 from ldlm_cli.data.vocabulary import Vocabulary, train_vocabulary
 from ldlm_cli.errors import SnapshotError
-from ldlm_cli.recipe.schema import StageRecipe
+from ldlm_cli.recipe.stage_schema import StageRecipe
 from ldlm_cli.training.language_model import build_language_model, save_language_model
 
 HISTOGRAM = np.array([0, 0, 3, 1])

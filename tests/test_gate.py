@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ldlm_cli.core.gate import Gate, scale_gradient, sigmoid_gate
-from ldlm_cli.recipe.schema import GateRecipe
+from ldlm_cli.recipe.stage_schema import GateRecipe
 
 TABLE = {0: 0.001, 0.25: 0.005, 0.5: 0.054, 0.6: 0.136, 0.7: 0.306, 0.8: 0.568, 0.9: 0.830, 1: 1.0}  # method.md 3.3
 

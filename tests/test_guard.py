@@ -13,7 +13,8 @@ from test_training import Recorder, Stopped, changed, metrics_of
 
 from ldlm_cli.checkpoint import list_checkpoints, load_checkpoint, load_snapshot
 from ldlm_cli.errors import LdlmError
-from ldlm_cli.recipe.schema import GuardRecipe, Recipe, StageRecipe
+from ldlm_cli.recipe.schema import GuardRecipe, Recipe
+from ldlm_cli.recipe.stage_schema import StageRecipe
 from ldlm_cli.runtime import Runtime
 from ldlm_cli.training.guard import Guard
 from ldlm_cli.training.probe import unigram_entropy, variance_shares

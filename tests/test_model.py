@@ -16,7 +16,8 @@ from ldlm_cli.core.objective import LatentObjective
 from ldlm_cli.core.schedule import TangentSchedule
 from ldlm_cli.errors import SnapshotError, UsageError
 from ldlm_cli.recipe.load import load_recipe
-from ldlm_cli.recipe.schema import LatentRecipe, Recipe, StageRecipe, TowerRecipe
+from ldlm_cli.recipe.schema import LatentRecipe, Recipe, TowerRecipe
+from ldlm_cli.recipe.stage_schema import StageRecipe
 
 PAPER_MILLIONS = {"latent_encoder": 49.6, "latent_decoder": 49.6, "token_decoder": 66.9, "denoiser": 132.0}
 

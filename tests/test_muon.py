@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ldlm_cli.core.layers import AdaptiveNormBlock, LlamaBlock, PerceiverBlock
-from ldlm_cli.recipe.schema import OptimizerRecipe
+from ldlm_cli.recipe.stage_schema import OptimizerRecipe
 from ldlm_cli.training.muon import Muon, orthogonalize
 from ldlm_cli.training.optimizer import FUSED, build_optimizer
 

@@ -13,7 +13,7 @@ from ldlm_cli.core.model import LDLM, PARTS
 from ldlm_cli.core.objective import LatentLosses, LatentObjective
 from ldlm_cli.core.process import amplitudes
 from ldlm_cli.core.schedule import TangentSchedule
-from ldlm_cli.recipe.schema import StageRecipe
+from ldlm_cli.recipe.stage_schema import StageRecipe
 
 WIDTH, SCHEDULE = 16, TangentSchedule(1.5)
 LENGTHS = (12, 9, 5, 12)

@@ -17,7 +17,8 @@ from ldlm_cli.core.timesteps import TIMESTEPS
 from ldlm_cli.evaluation.likeness import flatten
 from ldlm_cli.recipe.load import load_recipe
 from ldlm_cli.recipe.resolve import recipe_for_plan
-from ldlm_cli.recipe.schema import Recipe, StageRecipe
+from ldlm_cli.recipe.schema import Recipe
+from ldlm_cli.recipe.stage_schema import StageRecipe
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 FILES = sorted(FOLDER.rglob("*.yaml"))

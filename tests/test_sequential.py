@@ -25,7 +25,8 @@ from ldlm_cli.evaluation.reconstruction import trained_decoder_noise
 from ldlm_cli.generate import SamplingOptions, generate_texts
 from ldlm_cli.recipe.load import load_recipe
 from ldlm_cli.recipe.resolve import recipe_for_plan, resolve_stages
-from ldlm_cli.recipe.schema import CorruptionRecipe, Recipe, StageRecipe
+from ldlm_cli.recipe.schema import Recipe
+from ldlm_cli.recipe.stage_schema import CorruptionRecipe, StageRecipe
 from ldlm_cli.runtime import Runtime
 from ldlm_cli.training.latent import LatentTask
 from ldlm_cli.training.run import run_recipe

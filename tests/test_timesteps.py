@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ldlm_cli.core.timesteps import AdaptiveTimesteps, Array, UniformTimesteps, isotonic_increasing, spread
 from ldlm_cli.recipe.load import load_recipe
-from ldlm_cli.recipe.schema import TimesRecipe
+from ldlm_cli.recipe.stage_schema import TimesRecipe
 
 BATCH = 256
 

@@ -17,7 +17,8 @@ from ldlm_cli.checkpoint import Snapshot, list_checkpoints, load_snapshot
 from ldlm_cli.errors import LdlmError, RecipeError, UsageError
 from ldlm_cli.generate import GeneratedText, Generator, SamplingOptions, generate_texts, reconstruct
 from ldlm_cli.recipe.load import dump_recipe
-from ldlm_cli.recipe.schema import OptimizerRecipe, Recipe
+from ldlm_cli.recipe.schema import Recipe
+from ldlm_cli.recipe.stage_schema import OptimizerRecipe
 from ldlm_cli.runtime import Runtime, share_rows
 from ldlm_cli.training.ema import build_ema
 from ldlm_cli.training.loop import check_finite

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ldlm_cli.core.draws import seed_at
-from ldlm_cli.recipe.schema import CorruptionRecipe
+from ldlm_cli.recipe.stage_schema import CorruptionRecipe
 
 
 @dataclass(frozen=True)

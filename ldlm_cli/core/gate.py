@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from ldlm_cli.recipe.schema import GateRecipe
+from ldlm_cli.recipe.stage_schema import GateRecipe
 
 
 def scale_gradient(x: Tensor, gate: float) -> Tensor:

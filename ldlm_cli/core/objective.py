@@ -23,7 +23,7 @@ from ldlm_cli.core.gate import scale_gradient
 from ldlm_cli.core.model import LDLM
 from ldlm_cli.core.process import add_noise
 from ldlm_cli.core.schedule import NoiseSchedule
-from ldlm_cli.recipe.schema import StageRecipe
+from ldlm_cli.recipe.stage_schema import StageRecipe
 
 TOKEN_INPUT: dict[str, Callable[[Tensor], Tensor]] = {
     "token_decoder": lambda h_hat: h_hat.detach(),

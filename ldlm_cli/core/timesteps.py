@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ldlm_cli.recipe.schema import TimesRecipe
+from ldlm_cli.recipe.stage_schema import TimesRecipe
 
 Array = NDArray[np.float64]
 

@@ -12,7 +12,8 @@ from ldlm_cli.checkpoint import find_run, snapshots_along
 from ldlm_cli.errors import SnapshotError, UsageError
 from ldlm_cli.evaluation.judge_source import independent_judge_folder, weights_hash
 from ldlm_cli.evaluation.reconstruction import trained_decoder_noise
-from ldlm_cli.recipe.schema import Recipe, StageRecipe
+from ldlm_cli.recipe.schema import Recipe
+from ldlm_cli.recipe.stage_schema import StageRecipe
 
 # Of the manifest: circumstances of training that do not forbid a comparison, and that a reader should know.
 MANIFEST_FIELDS = ("ldlm", "torch", "git_commit", "device", "threads", "processes")

@@ -8,7 +8,8 @@ from typing import Any
 
 from ldlm_cli.errors import RecipeError
 from ldlm_cli.recipe.check import check_tree, nearest_name, show_value
-from ldlm_cli.recipe.schema import Recipe, StageRecipe
+from ldlm_cli.recipe.schema import Recipe
+from ldlm_cli.recipe.stage_schema import StageRecipe
 
 SHARE = ("of", "from", "to")
 

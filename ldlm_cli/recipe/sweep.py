@@ -12,7 +12,8 @@ from pydantic import Field, ValidationError
 from ldlm_cli.errors import RecipeError
 from ldlm_cli.recipe.check import sentence, show_value, unknown_name
 from ldlm_cli.recipe.load import Loader, load_recipe
-from ldlm_cli.recipe.schema import Recipe, Section
+from ldlm_cli.recipe.schema import Recipe
+from ldlm_cli.recipe.stage_schema import Section
 
 
 class SweepEntry(Section):

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ldlm_cli.core.model import parameters_by_part
-from ldlm_cli.recipe.schema import Recipe, StageRecipe
+from ldlm_cli.recipe.schema import Recipe
+from ldlm_cli.recipe.stage_schema import StageRecipe
 from ldlm_cli.training.plan import flops_per_token
 
 

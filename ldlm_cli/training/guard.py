@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ldlm_cli.recipe.schema import GuardRecipe, StageRecipe
+from ldlm_cli.recipe.schema import GuardRecipe
+from ldlm_cli.recipe.stage_schema import StageRecipe
 
 OPEN_GATE = 0.5
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ldlm_cli.core.draws import seed_at
 from ldlm_cli.data.batches import Batch
 from ldlm_cli.data.vocabulary import Vocabulary
-from ldlm_cli.recipe.schema import Recipe, StageRecipe
+from ldlm_cli.recipe.schema import Recipe
+from ldlm_cli.recipe.stage_schema import StageRecipe
 from ldlm_cli.runtime import Runtime
 
 LEAST_IMPROVEMENT = 0.002

@@ -17,7 +17,8 @@ from ldlm_cli.core.objective import LatentObjective
 from ldlm_cli.core.schedule import build_schedule
 from ldlm_cli.core.timesteps import TIMESTEPS
 from ldlm_cli.data.batches import Batch, BatchOrder
-from ldlm_cli.recipe.schema import Recipe, StageRecipe
+from ldlm_cli.recipe.schema import Recipe
+from ldlm_cli.recipe.stage_schema import StageRecipe
 from ldlm_cli.runtime import Runtime
 from ldlm_cli.training.language_model import rows_to_tensors
 from ldlm_cli.training.probe import Probe

@@ -13,7 +13,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from ldlm_cli.data.batches import Batch, BatchOrder
 from ldlm_cli.errors import LdlmError, StoppedBySignal
-from ldlm_cli.recipe.schema import StageRecipe, TrainingRecipe
+from ldlm_cli.recipe.schema import TrainingRecipe
+from ldlm_cli.recipe.stage_schema import StageRecipe
 from ldlm_cli.runtime import Runtime
 from ldlm_cli.training.ema import build_ema
 from ldlm_cli.training.muon import Together

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ldlm_cli.recipe.schema import OptimizerRecipe
+from ldlm_cli.recipe.stage_schema import OptimizerRecipe
 from ldlm_cli.training.muon import Muon, Together
 
 

@@ -10,7 +10,8 @@ from ldlm_cli.core.model import parameters_by_part
 from ldlm_cli.core.schedule import latent_bits
 from ldlm_cli.errors import RecipeError
 from ldlm_cli.recipe.resolve import recipe_for_plan
-from ldlm_cli.recipe.schema import JudgeRecipe, Recipe, StageRecipe, TokenEncoderRecipe
+from ldlm_cli.recipe.schema import JudgeRecipe, Recipe, TokenEncoderRecipe
+from ldlm_cli.recipe.stage_schema import StageRecipe
 from ldlm_cli.runtime import matmul_flops
 
 BYTES = 4  # weights, gradients, AdamW's two moments and the average are all float32

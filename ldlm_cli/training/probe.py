@@ -12,7 +12,8 @@ from ldlm_cli.core.model import LDLM
 from ldlm_cli.core.process import add_noise
 from ldlm_cli.core.schedule import build_schedule
 from ldlm_cli.data.batches import Batch
-from ldlm_cli.recipe.schema import Recipe, StageRecipe
+from ldlm_cli.recipe.schema import Recipe
+from ldlm_cli.recipe.stage_schema import StageRecipe
 from ldlm_cli.runtime import Runtime
 from ldlm_cli.training.language_model import rows_to_tensors
 

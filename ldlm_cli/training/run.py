@@ -11,7 +11,8 @@ from ldlm_cli.checkpoint import list_checkpoints, load_checkpoint
 from ldlm_cli.data.shards import TokenFolder, prepare_tokens
 from ldlm_cli.recipe.load import dump_recipe
 from ldlm_cli.recipe.resolve import recipe_for_plan
-from ldlm_cli.recipe.schema import Recipe, StageRecipe
+from ldlm_cli.recipe.schema import Recipe
+from ldlm_cli.recipe.stage_schema import StageRecipe
 from ldlm_cli.runtime import Runtime
 from ldlm_cli.training.plan import plan_stages
 from ldlm_cli.training.reuse import copy_language_model, find_language_model

@@ -16,7 +16,8 @@ from ldlm_cli.core.model import LDLM
 from ldlm_cli.data.batches import BatchOrder
 from ldlm_cli.data.shards import TokenFolder
 from ldlm_cli.errors import LdlmError
-from ldlm_cli.recipe.schema import Recipe, StageRecipe
+from ldlm_cli.recipe.schema import Recipe
+from ldlm_cli.recipe.stage_schema import StageRecipe
 from ldlm_cli.runtime import Runtime
 from ldlm_cli.training.compute import stage_compute
 from ldlm_cli.training.guard import Guard

@@ -13,7 +13,8 @@ from ldlm_cli.core.token_encoder import build_token_encoder
 from ldlm_cli.data.batches import Batch, BatchOrder, first_texts, length_histogram
 from ldlm_cli.errors import RecipeError
 from ldlm_cli.generate import Generator, SamplingOptions
-from ldlm_cli.recipe.schema import Recipe, StageRecipe
+from ldlm_cli.recipe.schema import Recipe
+from ldlm_cli.recipe.stage_schema import StageRecipe
 from ldlm_cli.training.compute import total_compute
 from ldlm_cli.training.language_model import LanguageModelTask, build_language_model, save_language_model
 from ldlm_cli.training.latent import LatentTask, init_seed, measure_statistics
