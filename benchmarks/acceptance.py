@@ -15,8 +15,8 @@ import torch
 
 from ldlm_cli.checkpoint import list_checkpoints, load_checkpoint, load_snapshot
 from ldlm_cli.core.timesteps import AdaptiveTimesteps
-from ldlm_cli.data.batches import held_out_windows
 from ldlm_cli.data.shards import prepare_tokens
+from ldlm_cli.evaluation.own_estimates import held_out_texts
 from ldlm_cli.generate import reconstruct
 from ldlm_cli.runtime import Runtime
 
@@ -56,8 +56,7 @@ def clean_accuracy(run: Path) -> float:
     """Share of held-out tokens, names included, that come back from clean latents at the training length."""
     snapshot = load_snapshot(run)
     tokens = prepare_tokens(snapshot.recipe.data, snapshot.recipe.token_encoder)
-    pad = snapshot.vocabulary.pad_id
-    batch, _ = held_out_windows(tokens.split("test"), snapshot.recipe.data.max_len_tokens, 128, pad)
+    batch, _ = held_out_texts(snapshot, tokens.split("test"))
     ids, mask = torch.from_numpy(batch.token_ids), torch.from_numpy(batch.mask)
     found = reconstruct(snapshot, ids, mask, runtime=Runtime.start("fp32"))
     return float((found == ids)[mask].float().mean())

@@ -19,7 +19,7 @@ from ldlm_cli.evaluation import controls
 from ldlm_cli.evaluation.evaluate import evaluate, sampling_options
 from ldlm_cli.evaluation.generation import TextSet, TrainingDocuments, matching_texts, measure_texts, memorised
 from ldlm_cli.evaluation.judge import Judge
-from ldlm_cli.evaluation.own_estimates import measure_latent_state, measure_own_estimates, training_length_windows
+from ldlm_cli.evaluation.own_estimates import held_out_texts, measure_latent_state, measure_own_estimates
 from ldlm_cli.evaluation.reconstruction import (
     accuracies,
     fidelity_verdict,
@@ -273,7 +273,7 @@ def test_own_estimates_at_time_0_are_reconstruction(
     snapshot = load_snapshot(run)
     if standardised:
         snapshot.model.latent_normalizer.set_statistics(torch.linspace(-1, 1, 16), torch.linspace(0.5, 2, 16))
-    batch, _ = training_length_windows(snapshot, tokens.split("test"))
+    batch, _ = held_out_texts(snapshot, tokens.split("test"))
     for _ in range(3):  # an untrained decoder knows few tokens: texts made of these it can partly read
         batch = Batch(predict(snapshot, batch.token_ids, batch.mask, 0.0, runtime), batch.mask)
     rebuilt = predict(snapshot, batch.token_ids, batch.mask, 0.0, runtime)
@@ -287,7 +287,7 @@ def test_own_estimates_at_time_0_are_reconstruction(
 
 def test_the_latent_state_is_on_the_encoders_own_scale(run: Path, runtime: Runtime, tokens: TokenFolder) -> None:
     snapshot = load_snapshot(run)
-    batch, _ = training_length_windows(snapshot, tokens.split("test"))
+    batch, _ = held_out_texts(snapshot, tokens.split("test"))
     plain, eigenvalues = measure_latent_state(snapshot, batch, runtime=runtime, noise_std=0.5)
     assert plain["bits"] == pytest.approx(float(0.5 * torch.log2(1 + eigenvalues / 0.25).sum()))
     assert plain["z_std"] == pytest.approx(float(eigenvalues.mean().sqrt()))

@@ -28,9 +28,9 @@ from ldlm_cli.evaluation.generation import (
 from ldlm_cli.evaluation.judge import Judge
 from ldlm_cli.evaluation.own_estimates import (
     DEFINITION,
+    held_out_texts,
     measure_latent_state,
     measure_own_estimates,
-    training_length_windows,
 )
 from ldlm_cli.evaluation.reconstruction import measure_reconstruction, reconstruction_lengths, trained_decoder_noise
 from ldlm_cli.generate import GeneratedText, SamplingOptions, generate_texts
@@ -102,7 +102,7 @@ def evaluate(
         on_progress=on_progress,
     )
     on_progress("Decoding the denoiser's own estimates")
-    batch, kind = training_length_windows(snapshot, tokens.split("test"))
+    batch, kind = held_out_texts(snapshot, tokens.split("test"))
     about = {"length": recipe.data.max_len_tokens, "kind": kind}
     estimates = measure_own_estimates(snapshot, batch, runtime=runtime, seed=options.seed)
     report["own_estimates"] = about | estimates

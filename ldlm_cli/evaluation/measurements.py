@@ -14,7 +14,6 @@ import torch
 
 from ldlm_cli import __version__
 from ldlm_cli.checkpoint import Snapshot, file_hash, load_snapshot
-from ldlm_cli.data.batches import held_out_windows
 from ldlm_cli.data.shards import TokenFolder
 from ldlm_cli.data.story_checker import check_story
 from ldlm_cli.evaluation import metrics
@@ -23,7 +22,7 @@ from ldlm_cli.evaluation.evaluate import MAX_CONTROL_TEXTS, STORIES
 from ldlm_cli.evaluation.generation import TextSet, TrainingDocuments, as_text_set, matching_texts, measure_texts
 from ldlm_cli.evaluation.judge import Judge, TextScore
 from ldlm_cli.evaluation.likeness import ComparedRun
-from ldlm_cli.evaluation.own_estimates import measure_latent_state, measure_own_estimates
+from ldlm_cli.evaluation.own_estimates import held_out_texts, measure_latent_state, measure_own_estimates
 from ldlm_cli.evaluation.reconstruction import predict
 from ldlm_cli.generate import Generator, SamplingOptions, generate_texts
 from ldlm_cli.runtime import Runtime
@@ -100,8 +99,7 @@ class Bench:
     def _encoding(self, run: ComparedRun, folder: Path) -> dict[str, Any]:
         self.on_progress(f"{run.name}: reconstruction, own estimates, latents")
         snapshot = self.snapshot(run, folder)
-        length = snapshot.recipe.data.max_len_tokens
-        batch, kind = held_out_windows(self.tokens.split("test"), length, self.num_texts, snapshot.vocabulary.pad_id)
+        batch, kind = held_out_texts(snapshot, self.tokens.split("test"), self.num_texts)
 
         def correct(noise_std: float) -> list[int]:
             found = predict(snapshot, batch.token_ids, batch.mask, noise_std, self.runtime)

@@ -18,7 +18,7 @@ from ldlm_cli.core.draws import generator_at
 from ldlm_cli.core.normalizer import Moments, latent_state
 from ldlm_cli.core.process import add_noise
 from ldlm_cli.core.schedule import build_schedule
-from ldlm_cli.data.batches import Batch, held_out_windows
+from ldlm_cli.data.batches import Batch, first_texts, held_out_windows
 from ldlm_cli.data.shards import TokenSplit
 from ldlm_cli.runtime import Runtime
 
@@ -31,11 +31,17 @@ DEFINITION = (
 )
 
 
-def training_length_windows(snapshot: Snapshot, split: TokenSplit) -> tuple[Batch, str]:
-    """Held-out texts at the training length, as many as `evaluation.tokens_per_length` gives, and their kind."""
-    length = snapshot.recipe.data.max_len_tokens
-    count = max(1, snapshot.recipe.evaluation.tokens_per_length // length)
-    return held_out_windows(split, length, count, snapshot.vocabulary.pad_id)
+def held_out_texts(snapshot: Snapshot, split: TokenSplit, count: int | None = None) -> tuple[Batch, str]:
+    """Held-out texts as in training and their kind; without `count` as many as `evaluation.tokens_per_length` gives.
+
+    With packing "document" whole texts (cut at the training length), not windows of exactly that length, which only
+    longer texts than those that the model writes could fill.
+    """
+    data, pad_id = snapshot.recipe.data, snapshot.vocabulary.pad_id
+    count = count or max(1, snapshot.recipe.evaluation.tokens_per_length // data.max_len_tokens)
+    if data.packing == "pack":
+        return held_out_windows(split, data.max_len_tokens, count, pad_id)
+    return first_texts(split, count, data.max_len_tokens, pad_id), "text"
 
 
 def measure_own_estimates(
