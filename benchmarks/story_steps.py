@@ -4,7 +4,7 @@
 
 Prints a Markdown table: generative perplexity by the run's judge, entropy, valid stories (built-in corpus) and texts
 copied whole from the training split, beside held-out text of the same lengths. `--lm` names a finished `ldlm train-lm`
-run on the same data; its texts are drawn token by token at temperature 1.
+run on the same data, or the folder of a language model; its texts are drawn token by token at temperature 1.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main(run: Path, lm: Path | None, steps: list[int], num: int) -> None:
         print(f"| {name} | {figures} |", flush=True)
 
     eos = tokens.vocabulary.eos_id
-    texts = None
+    texts: TextSet | None = None
     for count in steps:
         texts = as_text_set(generate_texts(snapshot, SamplingOptions(num=num, steps=count), runtime=runtime), eos)
         row(f"{count} steps", texts)
@@ -62,7 +62,8 @@ def language_model_texts(run: Path, tokens: Any, num: int, longest: int) -> Text
     """Texts drawn from a train-lm run at temperature 1, from the start token to the first end token."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(run / "token_encoder", local_files_only=True).eval()
+    folder = run if (run / "config.json").is_file() else run / "token_encoder"
+    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
     vocabulary = tokens.vocabulary
     start = vocabulary.eos_id if vocabulary.prefix_id is None else vocabulary.prefix_id
     torch.manual_seed(0)
@@ -84,7 +85,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="quality by sampling steps")
     parser.add_argument("run", type=Path)
     parser.add_argument("--lm", type=Path)
-    parser.add_argument("--steps", type=int, nargs="+", default=[5, 10, 20, 50, 100])
+    parser.add_argument("--steps", type=int, nargs="*", default=[5, 10, 20, 50, 100])
     parser.add_argument("--num", type=int, default=500)
     given = parser.parse_args()
     main(given.run, given.lm, given.steps, given.num)

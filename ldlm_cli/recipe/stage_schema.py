@@ -60,7 +60,7 @@ class OptimizerRecipe(Section):
 
     kind: Literal["adamw", "muon"] = "adamw"
     """`adamw`: the paper's; `muon`: orthogonalised momentum for the matrices inside blocks, AdamW for the rest. On the
-    built-in stories it halves the generative perplexity at equal steps (docs/results/base.md)."""
+    built-in stories it halves the generative perplexity at equal steps."""
     matrix_learning_rate: float = Field(5e-3, gt=0)
     """Peak rate of the matrices under Muon, in AdamW's units (root mean square of a step); same shape over steps."""
     learning_rate: float = Field(1e-3, gt=0)
