@@ -24,7 +24,13 @@ FOLDER = Path(__file__).parents[1] / "recipes"
 FILES = sorted(FOLDER.rglob("*.yaml"))
 PAPER_BITS = 58.4
 
-pytestmark = pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(FOLDER)) for path in FILES])
+ABLATIONS = [path for path in FILES if path.parent.name == "ablations"]
+WHOLE = [path for path in FILES if path not in ABLATIONS]
+
+
+def over(paths: list[Path]) -> pytest.MarkDecorator:
+    """Run a test once for each of these recipes."""
+    return pytest.mark.parametrize("path", paths, ids=[str(path.relative_to(FOLDER)) for path in paths])
 
 
 def latent_stages(recipe: Recipe) -> dict[str, StageRecipe]:
@@ -33,6 +39,7 @@ def latent_stages(recipe: Recipe) -> dict[str, StageRecipe]:
     return {name: recipe.stages[name] for name in names if recipe.stages[name].kind == "latent"}
 
 
+@over(FILES)
 def test_recipe_loads_and_says_what_it_is(path: Path) -> None:
     recipe = load_recipe(path)
     assert recipe.name == path.stem
@@ -40,6 +47,7 @@ def test_recipe_loads_and_says_what_it_is(path: Path) -> None:
     assert recipe.plans
 
 
+@over(FILES)
 def test_recipe_builds_without_memory(path: Path) -> None:
     recipe = load_recipe(path)
     vocabulary = recipe.token_encoder.vocab_size or recipe.data.vocab_size
@@ -49,6 +57,7 @@ def test_recipe_builds_without_memory(path: Path) -> None:
         assert parameters_by_part(recipe_for_plan(recipe, plan), vocabulary)["denoiser"] > 0
 
 
+@over(FILES)
 def test_latents_keep_the_bits_of_the_paper(path: Path) -> None:
     """58 bits a token (method.md, width rule)."""
     recipe = load_recipe(path)
@@ -67,17 +76,17 @@ def test_latents_keep_the_bits_of_the_paper(path: Path) -> None:
         assert bits == pytest.approx(PAPER_BITS, rel=0.1)
 
 
+@over(WHOLE)
 def test_schedule_moves_with_the_decoder_noise(path: Path) -> None:
     """The decoder's noise level lies at t = 0.5 (the paper: d = sigma_dec) or, by a recipe's choice, from t = 0.35."""
     recipe = load_recipe(path)
-    if path.parent.name == "ablations":
-        pytest.skip("changes one thing")
     for stage in latent_stages(recipe).values():
         if stage.losses.get("hidden") and stage.decoder_noise_std > 0:
             place = math.atan(stage.decoder_noise_std / recipe.diffusion.schedule_scale) * 2 / math.pi
             assert 0.35 < place < 0.53
 
 
+@over(FILES)
 def test_sequential_plans_take_the_steps_and_settings_of_joint(path: Path) -> None:
     recipe = load_recipe(path, ["stages.joint.steps=1001", "stages.joint.optimizer.beta1=0.8"])
     joint = recipe.stages["joint"]
@@ -91,9 +100,8 @@ def test_sequential_plans_take_the_steps_and_settings_of_joint(path: Path) -> No
                 assert getattr(stage, field) == getattr(joint, field)
 
 
+@over(ABLATIONS)
 def test_an_ablation_changes_one_thing(path: Path) -> None:
-    if path.parent.name != "ablations":
-        pytest.skip("no ablation")
     base = flatten(load_recipe(FOLDER / "base.yaml").model_dump(mode="json"))
     ours = flatten(load_recipe(path).model_dump(mode="json"))
     # The stages of sequential plans follow those of joint.
@@ -120,6 +128,7 @@ def small_version(path: Path) -> Recipe:
     return load_recipe(path, [f"{key}={value}" for key, value in changes.items()])
 
 
+@over(FILES)
 def test_recipe_takes_two_steps_when_made_small(path: Path) -> None:
     recipe = small_version(path)
     stages = latent_stages(recipe)
